@@ -1,0 +1,129 @@
+"""Every exception of the package, one class a cause.
+
+Each derives from `DeepLockError` and from the builtin that a Python user would expect. A message names the argument
+first, then what was got, what is accepted, and one hint. No message ever holds key or weight bytes.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyLockedError",
+    "BufferLayoutError",
+    "BufferTypeError",
+    "ContainerError",
+    "DeepLockError",
+    "FileAccessError",
+    "HeaderError",
+    "KernelError",
+    "KeyFormatError",
+    "KeyTypeError",
+    "KeyWipedError",
+    "NotLockedError",
+    "OverlapError",
+    "ParameterError",
+    "ReadOnlyError",
+    "SBoxError",
+    "SameFileError",
+    "SelfTestError",
+    "SizeMismatchError",
+    "TensorNameError",
+    "UnknownNameError",
+    "UnsupportedTierError",
+    "WrongKeyError",
+]
+
+
+class DeepLockError(Exception):
+    """Base of every exception that this package raises on purpose."""
+
+
+class KeyTypeError(DeepLockError, TypeError):
+    """A key is not bytes or a MasterKey: pass raw bytes, or MasterKey.from_hex / from_file."""
+
+
+class KeyFormatError(DeepLockError, ValueError):
+    """A key, iv or salt has the wrong length or spelling: see the accepted lengths in the message."""
+
+
+class KeyWipedError(DeepLockError, ValueError):
+    """A MasterKey or schedule was used after wipe(): build it again from its source."""
+
+
+class WrongKeyError(DeepLockError, ValueError):
+    """The key is not the one that locked these tensors; nothing was changed."""
+
+
+class ParameterError(DeepLockError, ValueError):
+    """A scalar argument (offset, size, count, variable) is out of its range."""
+
+
+class UnknownNameError(DeepLockError, KeyError, ValueError):
+    """A schedule, S-Box or tier has no such name: choose one of those listed in the message."""
+
+    __str__ = Exception.__str__  # KeyError would print the message in quotes
+
+
+class SBoxError(DeepLockError, ValueError):
+    """A table is not a permutation of 0..255, so it cannot be undone."""
+
+
+class BufferTypeError(DeepLockError, TypeError):
+    """An argument is not memory (or holds Python objects): pass an array, a tensor on the CPU or a buffer."""
+
+
+class BufferLayoutError(DeepLockError, ValueError):
+    """Memory is not one contiguous block in C order: make it contiguous first."""
+
+
+class ReadOnlyError(DeepLockError, ValueError):
+    """Memory that would be written is read-only: pass a writable `out`, or leave `out` away."""
+
+
+class SizeMismatchError(DeepLockError, ValueError):
+    """Two buffers that must have the same number of bytes do not."""
+
+
+class OverlapError(DeepLockError, ValueError):
+    """Two buffers share part of their memory: only the same range, or separate ranges, are accepted."""
+
+
+class TensorNameError(DeepLockError, KeyError, ValueError):
+    """A tensor name is missing from the tensors or the header, or is not a name."""
+
+    __str__ = Exception.__str__
+
+
+class HeaderError(DeepLockError, ValueError):
+    """A lock header is malformed or does not fit the tensors it is used with."""
+
+
+class ContainerError(DeepLockError, ValueError):
+    """A file is not a well-formed safetensors file: it is truncated, inconsistent or hostile."""
+
+
+class AlreadyLockedError(DeepLockError, ValueError):
+    """The file carries a lock header already: unlock it first."""
+
+
+class NotLockedError(DeepLockError, ValueError):
+    """The file carries no lock header: there is nothing to unlock."""
+
+
+class SameFileError(DeepLockError, ValueError):
+    """Source and destination are the same file: write to another path."""
+
+
+class FileAccessError(DeepLockError, OSError):
+    """A file or directory could not be read, written or made; `errno` says why, nothing was left behind."""
+
+
+class UnsupportedTierError(DeepLockError, RuntimeError):
+    """The processor (or the way Numba is configured) cannot run the tier that was asked for."""
+
+
+class SelfTestError(DeepLockError, RuntimeError):
+    """A kernel gave a wrong known answer on its first use, so it is not used."""
+
+
+class KernelError(DeepLockError, RuntimeError):
+    """A kernel could not be compiled or loaded."""
