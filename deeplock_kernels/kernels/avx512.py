@@ -1,0 +1,11 @@
+"""Primitives of the avx512 tier: AVX-512 BW/VBMI, GFNI and VAES in 512-bit registers."""
+
+from __future__ import annotations
+
+from deeplock_kernels.kernels import boxes
+from deeplock_kernels.simd import x86
+
+encrypt = x86.aes_cipher(512)
+aes_last_round = x86.aes_last_round(512)
+
+FORMS = {"identity": boxes.IDENTITY, "affine": boxes.galois(512), "table": boxes.TABLE_BY_PERMUTE}

@@ -1,0 +1,92 @@
+"""The forms in which a vector tier applies an S-Box: `load(address) -> parameters`, `apply(x, parameters) -> x`.
+
+| form        | parameters in memory                                                     | which S-Boxes                     |
+|-------------|--------------------------------------------------------------------------|-----------------------------------|
+| identity    | none                                                                     | the identity (a bare key stream)  |
+| affine      | inner constant and matrix, outer matrix and constant, 8 bytes each       | aes, sm4, camellia, aria          |
+| aes         | none                                                                     | aes                               |
+| aes_inverse | none                                                                     | the inverse of aes                |
+| table       | the table, 256 bytes                                                     | any                               |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deeplock_kernels.kernels.house import inlined
+from deeplock_kernels.simd import x86
+from deeplock_kernels.simd.vectors import load, load_quad, select_negative, u8x64
+
+
+@inlined
+def _load_nothing(address):  # type: ignore[no-untyped-def]
+    return 0
+
+
+@inlined
+def _apply_identity(x, box):  # type: ignore[no-untyped-def]
+    return x
+
+
+@inlined
+def _apply_aes(x, box):  # type: ignore[no-untyped-def]
+    return x86.aes_substitute(x)
+
+
+@inlined
+def _apply_aes_inverse(x, box):  # type: ignore[no-untyped-def]
+    return x86.aes_substitute_inverse(x)
+
+
+IDENTITY = (_load_nothing, _apply_identity)
+AES = (_load_nothing, _apply_aes)
+AES_INVERSE = (_load_nothing, _apply_aes_inverse)
+
+
+def galois(width: int) -> tuple[Any, Any]:
+    """Make the affine form with GFNI in registers of `width` bits."""
+    affine, affine_inverse = x86.galois_affine(width)
+
+    @inlined
+    def load_affine(address):  # type: ignore[no-untyped-def]
+        return (
+            load_quad(u8x64, address),
+            load_quad(u8x64, address + 8),
+            load_quad(u8x64, address + 16),
+            load_quad(u8x64, address + 24),
+        )
+
+    @inlined
+    def apply_affine(x, box):  # type: ignore[no-untyped-def]
+        return affine_inverse(affine(x ^ box[0], box[1]), box[2]) ^ box[3]
+
+    return load_affine, apply_affine
+
+
+@inlined
+def _load_quarters(address):  # type: ignore[no-untyped-def]
+    return load(u8x64, address), load(u8x64, address + 64), load(u8x64, address + 128), load(u8x64, address + 192)
+
+
+@inlined
+def _apply_quarters(x, box):  # type: ignore[no-untyped-def]
+    """Look up in both halves of the table by 7 bits, then choose by the top bit."""
+    low = x86.permute_two(x, box[0], box[1])
+    high = x86.permute_two(x, box[2], box[3])
+    return select_negative(x, high, low)
+
+
+TABLE_BY_PERMUTE = (_load_quarters, _apply_quarters)
+
+
+@inlined
+def _load_address(address):  # type: ignore[no-untyped-def]
+    return address
+
+
+@inlined
+def _apply_rows(x, address):  # type: ignore[no-untyped-def]
+    return x86.lookup_rows(x, address)
+
+
+TABLE_BY_SHUFFLE = (_load_address, _apply_rows)

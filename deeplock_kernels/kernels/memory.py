@@ -1,0 +1,77 @@
+"""Memory by address, for kernels that are plain Python: compiled by Numba, or run as they stand without it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic, overload
+
+
+def read_byte(address: int) -> int:
+    """Read the byte at an address."""
+    return ctypes.c_uint8.from_address(address).value
+
+
+def read_quad(address: int) -> int:
+    """Read the 64-bit integer at an address."""
+    return ctypes.c_int64.from_address(address).value
+
+
+def write_byte(address: int, value: int) -> None:
+    """Write the low 8 bits of a value."""
+    ctypes.c_uint8.from_address(address).value = value
+
+
+def write_quad(address: int, value: int) -> None:
+    """Write the low 64 bits of a value."""
+    ctypes.c_int64.from_address(address).value = value
+
+
+def _reader(bits: int) -> Any:
+    @intrinsic
+    def read(typingctx, address):  # type: ignore[no-untyped-def]
+        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+            place = builder.inttoptr(values[0], ir.IntType(bits).as_pointer())
+            return builder.zext(builder.load(place, align=1), ir.IntType(64))
+
+        return types.int64(address), generate
+
+    return read
+
+
+def _writer(bits: int) -> Any:
+    @intrinsic
+    def write(typingctx, address, value):  # type: ignore[no-untyped-def]
+        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+            place = builder.inttoptr(values[0], ir.IntType(bits).as_pointer())
+            builder.store(builder.trunc(values[1], ir.IntType(bits)), place, align=1)
+
+        return types.void(address, value), generate
+
+    return write
+
+
+_read_byte, _read_quad, _write_byte, _write_quad = _reader(8), _reader(64), _writer(8), _writer(64)
+
+
+@overload(read_byte)
+def _read_byte_overload(address):  # type: ignore[no-untyped-def]
+    return lambda address: _read_byte(address)
+
+
+@overload(read_quad)
+def _read_quad_overload(address):  # type: ignore[no-untyped-def]
+    return lambda address: _read_quad(address)
+
+
+@overload(write_byte)
+def _write_byte_overload(address, value):  # type: ignore[no-untyped-def]
+    return lambda address, value: _write_byte(address, value)
+
+
+@overload(write_quad)
+def _write_quad_overload(address, value):  # type: ignore[no-untyped-def]
+    return lambda address, value: _write_quad(address, value)

@@ -1,0 +1,297 @@
+"""The portable tier: plain Python over bytes and 32-bit words, which runs wherever Numba does, or without it.
+
+It looks bytes up in tables (FIPS 197 section 5.1 with the round's steps merged into four tables of words), so its time
+depends on the data through the cache: it is the only tier that is not constant-time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from deeplock_kernels.kernels.house import inlined
+from deeplock_kernels.kernels.memory import read_byte, read_quad, write_byte, write_quad
+from deeplock_kernels.kernels.signatures import (
+    RCON_PERIOD,
+    SEGMENT_ROUNDS,
+    SEGMENTS_PER_GROUP,
+    KernelName,
+    segment_bytes,
+)
+from deeplock_kernels.sboxes import AES
+
+FORMS = {"identity": None, "table": None}
+
+
+def _round_tables() -> tuple[Any, ...]:
+    substituted = np.frombuffer(AES.table, np.uint8).astype(np.int64)
+    doubled = (substituted << 1) ^ np.where(substituted & 0x80, 0x11B, 0)
+    first = (doubled << 24) | (substituted << 16) | (substituted << 8) | (doubled ^ substituted)
+    return substituted, *(((first >> n) | (first << (32 - n))) & 0xFFFFFFFF for n in (0, 8, 16, 24))
+
+
+SUBSTITUTED, ROUND_0, ROUND_1, ROUND_2, ROUND_3 = _round_tables()
+
+
+@inlined
+def load_word(address):  # type: ignore[no-untyped-def]
+    """Read a word, most significant byte first."""
+    return (
+        (read_byte(address) << 24)
+        | (read_byte(address + 1) << 16)
+        | (read_byte(address + 2) << 8)
+        | read_byte(address + 3)
+    )
+
+
+@inlined
+def substitute_word(w):  # type: ignore[no-untyped-def]
+    """FIPS 197 SubWord."""
+    return (
+        (SUBSTITUTED[(w >> 24) & 255] << 24)
+        | (SUBSTITUTED[(w >> 16) & 255] << 16)
+        | (SUBSTITUTED[(w >> 8) & 255] << 8)
+        | SUBSTITUTED[w & 255]
+    )
+
+
+@inlined
+def rotate_word(w):  # type: ignore[no-untyped-def]
+    """FIPS 197 RotWord."""
+    return ((w << 8) | (w >> 24)) & 0xFFFFFFFF
+
+
+@inlined
+def round_word(a, b, c, d):  # type: ignore[no-untyped-def]
+    """SubBytes, ShiftRows and MixColumns for one column, which takes a byte from each of four words."""
+    return ROUND_0[(a >> 24) & 255] ^ ROUND_1[(b >> 16) & 255] ^ ROUND_2[(c >> 8) & 255] ^ ROUND_3[d & 255]
+
+
+@inlined
+def last_word(a, b, c, d):  # type: ignore[no-untyped-def]
+    """SubBytes and ShiftRows for one column."""
+    return (
+        (SUBSTITUTED[(a >> 24) & 255] << 24)
+        | (SUBSTITUTED[(b >> 16) & 255] << 16)
+        | (SUBSTITUTED[(c >> 8) & 255] << 8)
+        | SUBSTITUTED[d & 255]
+    )
+
+
+@inlined
+def encrypt(a, b, c, d, cipher, rounds):  # type: ignore[no-untyped-def]
+    """Encrypt one block given as four words, with the round keys in `cipher`."""
+    a ^= load_word(cipher)
+    b ^= load_word(cipher + 4)
+    c ^= load_word(cipher + 8)
+    d ^= load_word(cipher + 12)
+    for i in range(16, 16 * rounds, 16):
+        e = round_word(a, b, c, d) ^ load_word(cipher + i)
+        f = round_word(b, c, d, a) ^ load_word(cipher + i + 4)
+        g = round_word(c, d, a, b) ^ load_word(cipher + i + 8)
+        h = round_word(d, a, b, c) ^ load_word(cipher + i + 12)
+        a, b, c, d = e, f, g, h
+    i = 16 * rounds
+    return (
+        last_word(a, b, c, d) ^ load_word(cipher + i),
+        last_word(b, c, d, a) ^ load_word(cipher + i + 4),
+        last_word(c, d, a, b) ^ load_word(cipher + i + 8),
+        last_word(d, a, b, c) ^ load_word(cipher + i + 12),
+    )
+
+
+@inlined
+def advance_128(w, rcon):  # type: ignore[no-untyped-def]
+    """Run one round of the expansion on a tuple of words (FIPS 197 section 5.2)."""
+    a = w[0] ^ substitute_word(rotate_word(w[3])) ^ (rcon << 24)
+    b = w[1] ^ a
+    c = w[2] ^ b
+    return a, b, c, w[3] ^ c
+
+
+@inlined
+def advance_192(w, rcon):  # type: ignore[no-untyped-def]
+    """Run one round of the expansion for a key of 6 words."""
+    a = w[0] ^ substitute_word(rotate_word(w[5])) ^ (rcon << 24)
+    b = w[1] ^ a
+    c = w[2] ^ b
+    d = w[3] ^ c
+    e = w[4] ^ d
+    return a, b, c, d, e, w[5] ^ e
+
+
+@inlined
+def advance_256(w, rcon):  # type: ignore[no-untyped-def]
+    """Run one round of the expansion for a key of 8 words, with its second SubWord."""
+    a = w[0] ^ substitute_word(rotate_word(w[7])) ^ (rcon << 24)
+    b = w[1] ^ a
+    c = w[2] ^ b
+    d = w[3] ^ c
+    e = w[4] ^ substitute_word(d)
+    f = w[5] ^ e
+    g = w[6] ^ f
+    return a, b, c, d, e, f, g, w[7] ^ g
+
+
+@inlined
+def load_state_128(states):  # type: ignore[no-untyped-def]
+    """Read a chain's state of 4 words."""
+    return load_word(states), load_word(states + 4), load_word(states + 8), load_word(states + 12)
+
+
+@inlined
+def load_state_192(states):  # type: ignore[no-untyped-def]
+    """Read a chain's state of 6 words."""
+    a, b, c, d = load_state_128(states)
+    return a, b, c, d, load_word(states + 16), load_word(states + 20)
+
+
+@inlined
+def load_state_256(states):  # type: ignore[no-untyped-def]
+    """Read a chain's state of 8 words."""
+    a, b, c, d = load_state_128(states)
+    e, f, g, h = load_state_128(states + 16)
+    return a, b, c, d, e, f, g, h
+
+
+CHAINS = {128: (load_state_128, advance_128), 192: (load_state_192, advance_192), 256: (load_state_256, advance_256)}
+
+
+def build(_tier: Any, name: KernelName) -> Any:
+    """Give the Python function of a kernel, ready to be compiled or run."""
+    return _BUILDERS[name.operation](name)
+
+
+def _change(name: KernelName) -> Any:
+    """Make the function that locks or unlocks one byte with one byte of key stream."""
+
+    @inlined
+    def lock(value, key, box):  # type: ignore[no-untyped-def]
+        return read_byte(box + (value ^ key))
+
+    @inlined
+    def unlock(value, key, box):  # type: ignore[no-untyped-def]
+        return read_byte(box + value) ^ key
+
+    @inlined
+    def mask(value, key, box):  # type: ignore[no-untyped-def]
+        return value ^ key
+
+    return mask if name.form == "identity" else {"lock": lock, "unlock": unlock}[name.direction]
+
+
+def _put(name: KernelName) -> Any:
+    """Make the function that locks or unlocks those bytes of a word of key stream that lie in 0 <= position < nbytes."""
+    change = _change(name)
+
+    @inlined
+    def put(target, source, position, nbytes, word, box):  # type: ignore[no-untyped-def]
+        for shift in (24, 16, 8, 0):
+            if 0 <= position < nbytes:
+                write_byte(target + position, change(read_byte(source + position), (word >> shift) & 255, box))
+            position += 1
+
+    return put
+
+
+def _counter(name: KernelName) -> Any:
+    put = _put(name)
+    rounds = name.bits // 32 + 6
+    start = 16 * (rounds + 1)
+
+    def counter(target, source, nbytes, offset, cipher, box):  # type: ignore[no-untyped-def]
+        block, position = offset >> 4, -(offset & 15)
+        while position < nbytes:
+            d = load_word(cipher + start + 12) + (block & 0xFFFFFFFF)
+            c = load_word(cipher + start + 8) + (block >> 32) + (d >> 32)
+            b = load_word(cipher + start + 4) + (c >> 32)
+            a = load_word(cipher + start) + (b >> 32)
+            a, b, c, d = encrypt(
+                a & 0xFFFFFFFF, b & 0xFFFFFFFF, c & 0xFFFFFFFF, d & 0xFFFFFFFF, cipher, rounds
+            )
+            put(target, source, position, nbytes, a, box)
+            put(target, source, position + 4, nbytes, b, box)
+            put(target, source, position + 8, nbytes, c, box)
+            put(target, source, position + 12, nbytes, d, box)
+            block += 1
+            position += 16
+
+    return counter
+
+
+def _expansion(name: KernelName) -> Any:
+    put = _put(name)
+    load_state, advance = CHAINS[name.bits]
+    round_bytes = name.bits // 8
+
+    def expansion(target, source, nbytes, offset, states, rcon, box):  # type: ignore[no-untyped-def]
+        words = load_state(states)
+        position, doubling = -offset, 0
+        while position < nbytes:
+            words = advance(words, read_byte(rcon + 4 * doubling))
+            doubling = doubling + 1 if doubling < RCON_PERIOD - 1 else 0
+            if position > -round_bytes:
+                for i in range(len(words)):
+                    put(target, source, position + 4 * i, nbytes, words[i], box)
+            position += round_bytes
+
+    return expansion
+
+
+def _expansion_indexed(name: KernelName) -> Any:
+    expansion = inlined(_expansion(name))
+    segment, state_bytes = segment_bytes(name.bits), name.bits // 8
+
+    def expansion_indexed(target, source, groups, states, rcon, box):  # type: ignore[no-untyped-def]
+        for i in range(groups * SEGMENTS_PER_GROUP):
+            expansion(target + i * segment, source + i * segment, segment, 0, states + i * state_bytes, rcon, box)
+
+    return expansion_indexed
+
+
+def _expansion_chain(name: KernelName) -> Any:
+    load_state, advance = CHAINS[name.bits]
+    state_bytes = name.bits // 8
+
+    def expansion_chain(states, segments, rcon):  # type: ignore[no-untyped-def]
+        words = load_state(states)
+        for _ in range(segments):
+            for i in range(SEGMENT_ROUNDS):
+                words = advance(words, read_byte(rcon + 4 * (i % RCON_PERIOD)))
+            states += state_bytes
+            for i in range(len(words)):
+                for j in range(4):
+                    write_byte(states + 4 * i + j, (words[i] >> (24 - 8 * j)) & 255)
+
+    return expansion_chain
+
+
+def _substitute(name: KernelName) -> Any:
+    identity = name.form == "identity"
+
+    def substitute(target, source, nbytes, box):  # type: ignore[no-untyped-def]
+        for i in range(nbytes):
+            value = read_byte(source + i)
+            write_byte(target + i, value if identity else read_byte(box + value))
+
+    return substitute
+
+
+def _xor(_name: KernelName) -> Any:
+    def xor(target, nbytes, value):  # type: ignore[no-untyped-def]
+        key = value * 0x0101010101010101
+        for i in range(0, nbytes - 7, 8):
+            write_quad(target + i, read_quad(target + i) ^ key)
+
+    return xor
+
+
+_BUILDERS = {
+    "counter": _counter,
+    "expansion": _expansion,
+    "expansion_chain": _expansion_chain,
+    "expansion_indexed": _expansion_indexed,
+    "substitute": _substitute,
+    "xor": _xor,
+}

@@ -1,0 +1,77 @@
+"""The names of all kernels and the arguments that each takes; no Numba here, so that callers stay light.
+
+All arguments are 64-bit signed integers: addresses, byte counts and positions.
+
+| operation         | arguments                                                                                  |
+|-------------------|--------------------------------------------------------------------------------------------|
+| counter           | target, source, nbytes, offset, cipher, box                                                |
+| expansion         | target, source, nbytes, offset, states, rcon, box                                          |
+| expansion_chain   | states, segments, rcon                                                                     |
+| expansion_indexed | target, source, groups, states, rcon, box                                                  |
+| substitute        | target, source, nbytes, box                                                                |
+| xor               | target, nbytes, value                                                                      |
+
+`target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream. `cipher` points
+to the AES round keys in order, then the 16 bytes of the counter's start. `states` points to saved states of the chain:
+`expansion` starts from the first one, at the segment start that its `offset` counts from; `expansion_chain` starts there too
+and writes the next `segments` states after it; `expansion_indexed` reads four a group and works on whole segments. `rcon`
+points to `RCON_WORDS`. `box` points to the parameters of the S-Box in the kernel's form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ARITY = {"counter": 6, "expansion": 7, "expansion_chain": 3, "expansion_indexed": 6, "substitute": 4, "xor": 3}
+
+SEGMENT_ROUNDS = 4080  # a multiple of 51, Rcon's period, so that every segment starts with the same Rcon
+SEGMENTS_PER_GROUP = 4
+RCON_PERIOD = 51
+
+
+def segment_bytes(bits: int) -> int:
+    """Bytes of key stream between two saved states of the chain of a key of `bits` bits (65,280 for 128 bits)."""
+    return SEGMENT_ROUNDS * bits // 8
+
+
+def _rcon_words() -> bytes:
+    # A step of a kernel reads up to 8 rounds at once from any place of the period.
+    value, words = 1, bytearray()
+    for _ in range(RCON_PERIOD + 8):
+        words += bytes((value, 0, 0, 0))
+        value = (value << 1) ^ (0x11B if value & 0x80 else 0)
+    return bytes(words)
+
+
+RCON_WORDS = _rcon_words()
+
+
+class KernelName(NamedTuple):
+    """Which kernel: an operation, the key's bits, the form of the S-Box, and the direction, where each applies."""
+
+    operation: str
+    bits: int = 0
+    form: str = ""
+    direction: str = ""
+
+    @property
+    def arity(self) -> int:
+        """The number of arguments."""
+        return ARITY[self.operation]
+
+    def __str__(self) -> str:
+        return "_".join(str(part) for part in self if part)
+
+
+def every_name(forms: tuple[str, ...]) -> list[KernelName]:
+    """List all the kernels of a tier that has these S-Box forms."""
+    names = [KernelName("xor"), *(KernelName("expansion_chain", bits) for bits in (128, 192, 256))]
+    for form in forms:
+        names.append(KernelName("substitute", form=form))
+        names += [
+            KernelName(operation, bits, form, direction)
+            for operation in ("counter", "expansion", "expansion_indexed")
+            for bits in (128, 192, 256)
+            for direction in ("lock", "unlock")
+        ]
+    return names

@@ -1,0 +1,245 @@
+"""The loops of the vector tiers, written once over a tier's primitives.
+
+A tier is a module with `encrypt(blocks, round_keys)` and `aes_last_round(state, round_key)`, and with `FORMS`: for each
+form of S-Box that it has, a pair of functions `load(address) -> parameters` and `apply(x, parameters) -> x`.
+
+Each loop goes through memory once, in steps of whole blocks. A step that is not whole (the first one, the last one)
+goes through a scratch copy. Within a step each vector is loaded, changed and stored before the next one is loaded:
+in memory that order is up to twice as fast as loading all of them first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deeplock_kernels.kernels.chains import CHAINS
+from deeplock_kernels.kernels.house import inlined
+from deeplock_kernels.kernels.signatures import (
+    RCON_PERIOD,
+    SEGMENT_ROUNDS,
+    SEGMENTS_PER_GROUP,
+    KernelName,
+    segment_bytes,
+)
+from deeplock_kernels.simd.vectors import (
+    concatenate,
+    copy,
+    counter_blocks,
+    load,
+    make_load_blocks,
+    make_scratch,
+    prefetch,
+    splat,
+    store,
+    transpose,
+    u8x64,
+)
+
+AHEAD = 1024  # bytes between a load and the prefetch beside it
+
+
+def build(tier: Any, name: KernelName) -> Any:
+    """Give the Python function of a kernel of a tier, ready to be compiled."""
+    return _BUILDERS[name.operation](tier, name)
+
+
+@inlined
+def next_doubling(doubling, rounds):  # type: ignore[no-untyped-def]
+    """Move on in Rcon's period."""
+    doubling += rounds
+    return doubling - RCON_PERIOD if doubling >= RCON_PERIOD else doubling
+
+
+def _put(tier: Any, name: KernelName) -> Any:
+    """Make the function that locks or unlocks 64 bytes with 64 bytes of key stream."""
+    _, apply = tier.FORMS[name.form]
+
+    @inlined
+    def lock(target, source, stream, box):  # type: ignore[no-untyped-def]
+        prefetch(source + AHEAD)
+        store(target, apply(load(u8x64, source) ^ stream, box))
+
+    @inlined
+    def unlock(target, source, stream, box):  # type: ignore[no-untyped-def]
+        prefetch(source + AHEAD)
+        store(target, apply(load(u8x64, source), box) ^ stream)
+
+    return {"lock": lock, "unlock": unlock}[name.direction]
+
+
+def _counter(tier: Any, name: KernelName) -> Any:
+    put, encrypt = _put(tier, name), tier.encrypt
+    load_box = tier.FORMS[name.form][0]
+    round_keys = name.bits // 32 + 7
+    load_keys = make_load_blocks(round_keys)
+    scratch = make_scratch(256)
+
+    def counter(target, source, nbytes, offset, cipher, box_address):  # type: ignore[no-untyped-def]
+        keys = load_keys(cipher)
+        box = load_box(box_address)
+        start = cipher + 16 * round_keys
+        part = scratch()
+        block, skip = offset >> 4, offset & 15
+        while nbytes > 0:
+            taken = min(256 - skip, nbytes)
+            t, s = target, source
+            if taken < 256:
+                copy(part + skip, source, taken)
+                t, s = part, part
+            stream = encrypt(counter_blocks(start, block), keys)
+            put(t, s, stream[0], box)
+            put(t + 64, s + 64, stream[1], box)
+            put(t + 128, s + 128, stream[2], box)
+            put(t + 192, s + 192, stream[3], box)
+            if taken < 256:
+                copy(target, part + skip, taken)
+                skip = 0
+            block += 16
+            target += taken
+            source += taken
+            nbytes -= taken
+
+    return counter
+
+
+def _expansion(tier: Any, name: KernelName) -> Any:
+    put = _put(tier, name)
+    load_box = tier.FORMS[name.form][0]
+    chain = CHAINS[name.bits](tier.aes_last_round)
+    load_state, step, rounds = chain.load_one, chain.step, chain.rounds
+    quarters = rounds * name.bits // 512
+    step_bytes = 64 * quarters
+    scratch = make_scratch(step_bytes)
+
+    def expansion(target, source, nbytes, offset, states, rcon, box_address):  # type: ignore[no-untyped-def]
+        box = load_box(box_address)
+        state = load_state(states)
+        part = scratch()
+        doubling = 0
+        while nbytes > 0:
+            state, rows = step(state, rcon + 4 * doubling)
+            doubling = next_doubling(doubling, rounds)
+            if offset >= step_bytes:
+                offset -= step_bytes
+                continue
+            taken = min(step_bytes - offset, nbytes)
+            t, s = target, source
+            if taken < step_bytes:
+                copy(part + offset, source, taken)
+                t, s = part, part
+            put(t, s, concatenate(rows[0]), box)
+            if quarters == 3:
+                put(t + 64, s + 64, concatenate(rows[1]), box)
+                put(t + 128, s + 128, concatenate(rows[2]), box)
+            if taken < step_bytes:
+                copy(target, part + offset, taken)
+                offset = 0
+            target += taken
+            source += taken
+            nbytes -= taken
+
+    return expansion
+
+
+def _expansion_chain(tier: Any, name: KernelName) -> Any:
+    chain = CHAINS[name.bits](tier.aes_last_round)
+    load_state, store_state, step, rounds = chain.load_one, chain.store_one, chain.step, chain.rounds
+    state_bytes = name.bits // 8
+    steps = SEGMENT_ROUNDS // rounds
+
+    def expansion_chain(states, segments, rcon):  # type: ignore[no-untyped-def]
+        state = load_state(states)
+        for _ in range(segments):
+            doubling = 0
+            for _ in range(steps):
+                state, _rows = step(state, rcon + 4 * doubling)
+                doubling = next_doubling(doubling, rounds)
+            states += state_bytes
+            store_state(states, state)
+
+    return expansion_chain
+
+
+def _expansion_indexed(tier: Any, name: KernelName) -> Any:
+    put = _put(tier, name)
+    load_box = tier.FORMS[name.form][0]
+    chain = CHAINS[name.bits](tier.aes_last_round)
+    load_states, step = chain.load_four, chain.step
+    rounds, state_bytes = chain.rounds, name.bits // 8
+    quarters = rounds * name.bits // 512
+    steps = SEGMENT_ROUNDS // rounds
+    segment = segment_bytes(name.bits)
+
+    @inlined
+    def put_four(target, source, rows, box):  # type: ignore[no-untyped-def]
+        streams = transpose(rows)
+        put(target, source, streams[0], box)
+        put(target + segment, source + segment, streams[1], box)
+        put(target + 2 * segment, source + 2 * segment, streams[2], box)
+        put(target + 3 * segment, source + 3 * segment, streams[3], box)
+
+    def expansion_indexed(target, source, groups, states, rcon, box_address):  # type: ignore[no-untyped-def]
+        box = load_box(box_address)
+        for _ in range(groups):
+            state = load_states(states)
+            states += SEGMENTS_PER_GROUP * state_bytes
+            doubling = 0
+            for _ in range(steps):
+                state, rows = step(state, rcon + 4 * doubling)
+                doubling = next_doubling(doubling, rounds)
+                put_four(target, source, rows[0], box)
+                if quarters == 3:
+                    put_four(target + 64, source + 64, rows[1], box)
+                    put_four(target + 128, source + 128, rows[2], box)
+                target += 64 * quarters
+                source += 64 * quarters
+            target += (SEGMENTS_PER_GROUP - 1) * segment
+            source += (SEGMENTS_PER_GROUP - 1) * segment
+
+    return expansion_indexed
+
+
+def _substitute(tier: Any, name: KernelName) -> Any:
+    load_box, apply = tier.FORMS[name.form]
+    scratch = make_scratch(64)
+
+    def substitute(target, source, nbytes, box_address):  # type: ignore[no-untyped-def]
+        box = load_box(box_address)
+        part = scratch()
+        while nbytes > 0:
+            taken = min(64, nbytes)
+            t, s = target, source
+            if taken < 64:
+                copy(part, source, taken)
+                t, s = part, part
+            prefetch(source + AHEAD)
+            store(t, apply(load(u8x64, s), box))
+            if taken < 64:
+                copy(target, part, taken)
+            target += taken
+            source += taken
+            nbytes -= taken
+
+    return substitute
+
+
+def _xor(_tier: Any, _name: KernelName) -> Any:
+    """Make the measure of what memory allows: XOR a buffer in place with one byte, whole steps of 64 bytes only."""
+
+    def xor(target, nbytes, value):  # type: ignore[no-untyped-def]
+        key = splat(u8x64, value)
+        for i in range(0, nbytes - 63, 64):
+            prefetch(target + i + AHEAD)
+            store(target + i, load(u8x64, target + i) ^ key)
+
+    return xor
+
+
+_BUILDERS = {
+    "counter": _counter,
+    "expansion": _expansion,
+    "expansion_chain": _expansion_chain,
+    "expansion_indexed": _expansion_indexed,
+    "substitute": _substitute,
+    "xor": _xor,
+}

@@ -1,0 +1,368 @@
+"""Numba types whose data model is an LLVM vector of bytes, and the operations that every machine has.
+
+An operation is one rule that emits LLVM for vectors. Given tuples of vectors it is applied element by element, so a
+batch of independent vectors reads like one vector and its instructions come out interleaved.
+"""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models, register_default
+from numba.extending import intrinsic, overload
+
+BLOCK = 16  # bytes of an AES block, the unit within which shuffles move bytes
+
+byte = ir.IntType(8)
+quad = ir.IntType(64)
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """The Numba type of `nbytes` bytes in vector registers."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        super().__init__(name=f"u8x{nbytes}")
+
+
+@register_default(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, ir.VectorType(byte, kind.nbytes))
+
+
+u8x16 = Vector(16)
+u8x64 = Vector(64)
+
+
+def operation(arity: int) -> Callable[[Callable[..., Any]], Any]:
+    """Turn a rule `emit(builder, *values) -> value` into a Numba operation on vectors or tuples of vectors.
+
+    The result has the type of the first argument; a value given beside tuples is used with each of their elements.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def typed(arguments: Sequence[Any]) -> tuple[Any, Callable[..., Any]]:
+            count = next((len(kind) for kind in arguments if isinstance(kind, types.BaseTuple)), None)
+            first = arguments[0]
+            tupled = isinstance(first, types.BaseTuple)
+            result = first if count is None or tupled else types.UniTuple(first, count)
+
+            def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[Any]) -> Any:
+                if count is None:
+                    return emit(builder, *values)
+                rows = [
+                    [
+                        builder.extract_value(value, i) if isinstance(kind, types.BaseTuple) else value
+                        for kind, value in zip(arguments, values, strict=True)
+                    ]
+                    for i in range(count)
+                ]
+                return cgutils.pack_array(builder, [emit(builder, *row) for row in rows])
+
+            return result(*arguments), generate
+
+        if arity == 1:
+
+            def entry(typingctx, a):  # type: ignore[no-untyped-def]
+                return typed((a,))
+        elif arity == 2:
+
+            def entry(typingctx, a, b):  # type: ignore[no-untyped-def]
+                return typed((a, b))
+        else:
+
+            def entry(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+                return typed((a, b, c))
+
+        entry.__name__ = entry.__qualname__ = emit.__name__
+        entry.__doc__ = emit.__doc__
+        return intrinsic(entry)
+
+    return decorate
+
+
+def constant(pattern: Sequence[int], nbytes: int) -> ir.Constant:
+    """Repeat a pattern of bytes to a constant vector of `nbytes`."""
+    return ir.Constant(ir.VectorType(byte, nbytes), [pattern[i % len(pattern)] for i in range(nbytes)])
+
+
+def as_lanes(builder: Any, value: Any, bits: int) -> Any:
+    """See a byte vector as lanes of `bits` bits."""
+    return builder.bitcast(value, ir.VectorType(ir.IntType(bits), value.type.count * 8 // bits))
+
+
+def pointer(builder: Any, address: Any, kind: Any) -> Any:
+    """Turn an address into a pointer to `kind`."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def permute(builder: Any, a: Any, b: Any, indices: Sequence[int]) -> Any:
+    """Pick bytes of a and b (numbered on from a's) at constant indices."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), list(indices)))
+
+
+def split(builder: Any, value: Any, nbytes: int) -> list[Any]:
+    """Cut a vector into parts of `nbytes`."""
+    return [permute(builder, value, value, range(i, i + nbytes)) for i in range(0, value.type.count, nbytes)]
+
+
+def join(builder: Any, parts: Sequence[Any]) -> Any:
+    """Put equal vectors one after the other; their number is a power of two."""
+    while len(parts) > 1:
+        parts = [
+            permute(builder, a, b, range(2 * a.type.count))
+            for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@intrinsic
+def load(typingctx, vector, address):  # type: ignore[no-untyped-def]
+    """Load a vector of the given type from any address."""
+    kind = vector.instance_type
+
+    def generate(context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        return builder.load(pointer(builder, values[1], context.get_value_type(kind)), align=1)
+
+    return kind(vector, address), generate
+
+
+@intrinsic
+def load_quad(typingctx, vector, address):  # type: ignore[no-untyped-def]
+    """Load 8 bytes and repeat them over the whole vector."""
+    kind = vector.instance_type
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        part = builder.load(pointer(builder, values[1], ir.VectorType(byte, 8)), align=1)
+        return permute(builder, part, part, [i % 8 for i in range(kind.nbytes)])
+
+    return kind(vector, address), generate
+
+
+@intrinsic
+def load_word(typingctx, like, address):  # type: ignore[no-untyped-def]
+    """Load 4 bytes and repeat them over a vector of the type of `like`."""
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        part = builder.load(pointer(builder, values[1], ir.VectorType(byte, 4)), align=1)
+        return permute(builder, part, part, [i % 4 for i in range(like.nbytes)])
+
+    return like(like, address), generate
+
+
+@intrinsic
+def splat(typingctx, vector, value):  # type: ignore[no-untyped-def]
+    """Repeat the low byte of an integer over a vector of the given type."""
+    kind = vector.instance_type
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        one = builder.insert_element(ir.Constant(ir.VectorType(byte, 1), ir.Undefined), builder.trunc(values[1], byte), ir.IntType(32)(0))
+        return permute(builder, one, one, [0] * kind.nbytes)
+
+    return kind(vector, value), generate
+
+
+def make_load_blocks(count: int) -> Any:
+    """Make an operation that loads `count` blocks in a row, each repeated over a u8x64."""
+    result = types.UniTuple(u8x64, count)
+
+    @intrinsic
+    def load_blocks(typingctx, address):  # type: ignore[no-untyped-def]
+        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+            vectors = []
+            for i in range(count):
+                place = pointer(builder, builder.add(values[0], quad(BLOCK * i)), ir.VectorType(byte, BLOCK))
+                block = builder.load(place, align=1)
+                vectors.append(permute(builder, block, block, [j % BLOCK for j in range(u8x64.nbytes)]))
+            return cgutils.pack_array(builder, vectors)
+
+        return result(address), generate
+
+    return load_blocks
+
+
+@intrinsic
+def store(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Store a vector at any address."""
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        builder.store(values[1], pointer(builder, values[0], values[1].type), align=1)
+
+    return types.void(address, value), generate
+
+
+@intrinsic
+def store_half(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Store the first 8 bytes of a vector at any address."""
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        half = split(builder, values[1], 8)[0]
+        builder.store(half, pointer(builder, values[0], half.type), align=1)
+
+    return types.void(address, value), generate
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at an address, which need not be mapped."""
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        place = pointer(builder, values[0], byte)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, flag(0), flag(3), flag(1)])
+
+    return types.void(address), generate
+
+
+@intrinsic
+def copy(typingctx, target, source, nbytes):  # type: ignore[no-untyped-def]
+    """Copy bytes between ranges that do not overlap."""
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        target, source, nbytes = values
+        cgutils.raw_memcpy(
+            builder, pointer(builder, target, byte), pointer(builder, source, byte), nbytes, quad(1), align=1
+        )
+
+    return types.void(target, source, nbytes), generate
+
+
+def make_scratch(nbytes: int) -> Any:
+    """Make an operation that gives the address of `nbytes` of 64-byte aligned stack, one per call site."""
+
+    @intrinsic
+    def scratch(typingctx):  # type: ignore[no-untyped-def]
+        def generate(_context, builder, _signature, _values):  # type: ignore[no-untyped-def]
+            place = cgutils.alloca_once(builder, ir.ArrayType(byte, nbytes))
+            place.align = 64
+            return builder.ptrtoint(place, quad)
+
+        return types.intp(), generate
+
+    return scratch
+
+
+# ------------------------------------------------------------------------------------------ arithmetic
+
+
+@operation(2)
+def xor(builder: Any, a: Any, b: Any) -> Any:
+    """Exclusive or."""
+    return builder.xor(a, b)
+
+
+@overload(python_operator.xor)
+def _xor_operator(a, b):  # type: ignore[no-untyped-def]
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return lambda a, b: xor(a, b)
+    return None
+
+
+def make_shuffle(indices: Sequence[int]) -> Any:
+    """Make an operation that picks, in each 16-byte block, the bytes at constant indices; -1 gives zero."""
+
+    @operation(1)
+    def shuffle(builder: Any, a: Any) -> Any:
+        count = a.type.count
+        zero = constant([0], count)
+        picks = [
+            count if indices[i % BLOCK] < 0 else i - i % BLOCK + indices[i % BLOCK] for i in range(count)
+        ]
+        return permute(builder, a, zero, picks)
+
+    return shuffle
+
+
+@operation(1)
+def zero_like(_builder: Any, a: Any) -> Any:
+    """Give zeros in the type of a."""
+    return constant([0], a.type.count)
+
+
+@operation(3)
+def select_negative(builder: Any, x: Any, a: Any, b: Any) -> Any:
+    """Take a's byte where x's byte has its top bit set, b's elsewhere."""
+    return builder.select(builder.icmp_signed("<", x, constant([0], x.type.count)), a, b)
+
+
+# ------------------------------------------------------------------------------------------ AES blocks
+
+
+@intrinsic
+def transpose(typingctx, rows):  # type: ignore[no-untyped-def]
+    """Turn 4 vectors of 4 blocks around: vector j of the result holds block j of each row, in order."""
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        blocks = [split(builder, builder.extract_value(values[0], i), BLOCK) for i in range(4)]
+        return cgutils.pack_array(builder, [join(builder, [row[j] for row in blocks]) for j in range(4)])
+
+    return rows(rows), generate
+
+
+@intrinsic
+def concatenate(typingctx, blocks):  # type: ignore[no-untyped-def]
+    """Put 4 vectors of one block side by side."""
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        return join(builder, [builder.extract_value(values[0], i) for i in range(4)])
+
+    return u8x64(blocks), generate
+
+
+_REVERSED = list(range(BLOCK - 1, -1, -1))
+
+
+@intrinsic
+def counter_blocks(typingctx, start, index):  # type: ignore[no-untyped-def]
+    """Give 16 counter blocks (SP 800-38A): the 128-bit big-endian number at `start` + index, + index + 1, ...
+
+    The result is a tuple of 4 vectors. Sums wrap mod 2^128.
+    """
+    result = types.UniTuple(u8x64, 4)
+
+    def generate(context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        wide = ir.IntType(128)
+        kind = ir.VectorType(quad, 8)
+        stored = builder.load(pointer(builder, values[0], wide), align=1)
+        number = builder.add(builder.bswap(stored), builder.zext(values[1], wide))
+        low = builder.trunc(number, quad)
+        high = builder.trunc(builder.lshr(number, wide(64)), quad)
+
+        def emit(exact: bool) -> Any:
+            pair = ir.Constant(kind, ir.Undefined)
+            pair = builder.insert_element(pair, low, ir.IntType(32)(0))
+            pair = builder.insert_element(pair, high, ir.IntType(32)(1))
+            base = builder.shuffle_vector(pair, pair, ir.Constant(ir.VectorType(ir.IntType(32), 8), [0, 1] * 4))
+            vectors = []
+            for first in range(0, 16, 4):
+                steps = ir.Constant(kind, [v for i in range(first, first + 4) for v in (i, 0)])
+                total = builder.add(base, steps)
+                if exact:
+                    carried = builder.zext(builder.icmp_unsigned("<", total, steps), kind)
+                    moved = ir.Constant(ir.VectorType(ir.IntType(32), 8), [8, 0, 8, 2, 8, 4, 8, 6])
+                    zero = ir.Constant(kind, [0] * 8)
+                    total = builder.add(total, builder.shuffle_vector(carried, zero, moved))
+                data = builder.bitcast(total, ir.VectorType(byte, 64))
+                vectors.append(permute(builder, data, data, [i - i % 16 + _REVERSED[i % 16] for i in range(64)]))
+            return cgutils.pack_array(builder, vectors)
+
+        place = cgutils.alloca_once(builder, context.get_value_type(result))
+        fits = builder.icmp_unsigned("<=", low, quad(2**64 - 16))
+        with builder.if_else(fits, likely=True) as (quick, slow):
+            with quick:
+                builder.store(emit(exact=False), place)
+            with slow:
+                builder.store(emit(exact=True), place)
+        return builder.load(place)
+
+    return result(start, index), generate

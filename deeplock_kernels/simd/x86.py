@@ -1,0 +1,175 @@
+"""The x86 instructions that the kernels name themselves, as operations on 64-byte or 16-byte vectors.
+
+`INSTRUCTIONS` is the whole table: LLVM's name of each and the processor features it needs. A kernel that uses an
+instruction on a machine without its features would abort the process, so tiers list those features and are gated on
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from deeplock_kernels.simd.vectors import byte, constant, join, operation, permute, pointer, quad, split
+
+
+class Instruction(NamedTuple):
+    """One LLVM intrinsic: its name, the bytes of its vectors, and the features it needs."""
+
+    llvm_name: str
+    nbytes: int
+    requires: frozenset[str]
+    lane_bits: int = 8
+
+
+def _row(llvm_name: str, nbytes: int, requires: str, lane_bits: int = 8) -> Instruction:
+    return Instruction(llvm_name, nbytes, frozenset(requires.split()), lane_bits)
+
+
+INSTRUCTIONS = {
+    "aesenc_128": _row("llvm.x86.aesni.aesenc", 16, "aes", 64),
+    "aesenclast_128": _row("llvm.x86.aesni.aesenclast", 16, "aes", 64),
+    "aesdeclast_128": _row("llvm.x86.aesni.aesdeclast", 16, "aes", 64),
+    "aesenc_256": _row("llvm.x86.aesni.aesenc.256", 32, "vaes avx2", 64),
+    "aesenclast_256": _row("llvm.x86.aesni.aesenclast.256", 32, "vaes avx2", 64),
+    "aesenc_512": _row("llvm.x86.aesni.aesenc.512", 64, "vaes avx512f", 64),
+    "aesenclast_512": _row("llvm.x86.aesni.aesenclast.512", 64, "vaes avx512f", 64),
+    "gf2p8affineqb_256": _row("llvm.x86.vgf2p8affineqb.256", 32, "gfni avx2"),
+    "gf2p8affineinvqb_256": _row("llvm.x86.vgf2p8affineinvqb.256", 32, "gfni avx2"),
+    "gf2p8affineqb_512": _row("llvm.x86.vgf2p8affineqb.512", 64, "gfni avx512f avx512bw"),
+    "gf2p8affineinvqb_512": _row("llvm.x86.vgf2p8affineinvqb.512", 64, "gfni avx512f avx512bw"),
+    "pshufb_256": _row("llvm.x86.avx2.pshuf.b", 32, "avx2"),
+    "vpermi2b_512": _row("llvm.x86.avx512.vpermi2var.qi.512", 64, "avx512f avx512vbmi"),
+}
+
+
+def call(builder: Any, row: str, values: Sequence[Any], immediate: int | None = None) -> Any:
+    """Call the intrinsic of a row on vectors of exactly its size."""
+    instruction = INSTRUCTIONS[row]
+    bits = instruction.lane_bits
+    lanes = ir.VectorType(ir.IntType(bits), instruction.nbytes * 8 // bits)
+    arguments = [builder.bitcast(value, lanes) for value in values]
+    kinds: list[Any] = [lanes] * len(arguments)
+    if immediate is not None:
+        arguments.append(ir.IntType(8)(immediate))
+        kinds.append(ir.IntType(8))
+    kind = ir.FunctionType(lanes, kinds)
+    function = cgutils.get_or_insert_function(builder.module, kind, instruction.llvm_name)
+    return builder.bitcast(builder.call(function, arguments), ir.VectorType(byte, instruction.nbytes))
+
+
+def widened(row: str, values: Sequence[Any], builder: Any, immediate: int | None = None) -> Any:
+    """Apply a row to vectors of any multiple of its size, part by part."""
+    nbytes = INSTRUCTIONS[row].nbytes
+    parts = zip(*(split(builder, value, nbytes) for value in values), strict=True)
+    return join(builder, [call(builder, row, part, immediate) for part in parts])
+
+
+def aes_cipher(width: int) -> Any:
+    """Give the operation that encrypts a tuple of vectors of blocks (FIPS 197) in registers of `width` bits.
+
+    Its second argument is the tuple of round keys, each repeated over its vector.
+    """
+    in_flight = 8  # enough registers at once to hide AESENC's latency, few enough to stay in registers
+
+    @intrinsic
+    def encrypt(typingctx, blocks, keys):  # type: ignore[no-untyped-def]
+        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+            vectors = [builder.extract_value(values[0], i) for i in range(len(blocks))]
+            whole = [builder.extract_value(values[1], i) for i in range(len(keys))]
+            round_keys = [split(builder, key, width // 8)[0] for key in whole]
+            parts = [part for vector in vectors for part in split(builder, vector, width // 8)]
+            done = []
+            for first in range(0, len(parts), in_flight):
+                group = [builder.xor(part, round_keys[0]) for part in parts[first : first + in_flight]]
+                for key in round_keys[1:-1]:
+                    group = [call(builder, f"aesenc_{width}", (part, key)) for part in group]
+                done += [call(builder, f"aesenclast_{width}", (part, round_keys[-1])) for part in group]
+            each = len(done) // len(vectors)
+            return cgutils.pack_array(builder, [join(builder, done[i : i + each]) for i in range(0, len(done), each)])
+
+        return blocks(blocks, keys), generate
+
+    return encrypt
+
+
+def aes_last_round(width: int) -> Any:
+    """Give the operation AESENCLAST (state, round key), in registers of at most `width` bits."""
+
+    @operation(2)
+    def last_round(builder: Any, state: Any, key: Any) -> Any:
+        return widened(f"aesenclast_{min(width, state.type.count * 8)}", (state, key), builder)
+
+    return last_round
+
+
+def galois_affine(width: int) -> tuple[Any, Any]:
+    """Give GF2P8AFFINEQB and GF2P8AFFINEINVQB (x, matrix) with no constant, in registers of `width` bits."""
+
+    @operation(2)
+    def affine(builder: Any, x: Any, matrix: Any) -> Any:
+        return widened(f"gf2p8affineqb_{width}", (x, matrix), builder, 0)
+
+    @operation(2)
+    def affine_inverse(builder: Any, x: Any, matrix: Any) -> Any:
+        return widened(f"gf2p8affineinvqb_{width}", (x, matrix), builder, 0)
+
+    return affine, affine_inverse
+
+
+@operation(3)
+def permute_two(builder: Any, indices: Any, a: Any, b: Any) -> Any:
+    """Look up the low 7 bits of each index in the 128 bytes a, b (VPERMI2B)."""
+    return call(builder, "vpermi2b_512", (a, indices, b))
+
+
+# InvShiftRows, so that AESENCLAST's ShiftRows puts each byte back where it was (FIPS 197 section 5.3.1), and its inverse.
+_INVERSE_SHIFT_ROWS = [0, 13, 10, 7, 4, 1, 14, 11, 8, 5, 2, 15, 12, 9, 6, 3]
+_SHIFT_ROWS = [0, 5, 10, 15, 4, 9, 14, 3, 8, 13, 2, 7, 12, 1, 6, 11]
+
+
+def _blockwise(row: str, order: Sequence[int]) -> Any:
+    @operation(1)
+    def substitute(builder: Any, x: Any) -> Any:
+        count = x.type.count
+        moved = permute(builder, x, x, [i - i % 16 + order[i % 16] for i in range(count)])
+        return widened(row, (moved, constant([0], count)), builder)
+
+    return substitute
+
+
+aes_substitute = _blockwise("aesenclast_128", _INVERSE_SHIFT_ROWS)
+aes_substitute_inverse = _blockwise("aesdeclast_128", _SHIFT_ROWS)
+
+
+@intrinsic
+def lookup_rows(typingctx, x, table):  # type: ignore[no-untyped-def]
+    """Look up each byte in the 256 bytes at an address by 16 shuffles (VPSHUFB).
+
+    Row r holds the bytes 16 r to 16 r + 15. With its high half XORed with r, an index is below 16 in its own row alone;
+    adding 0x70 with saturation then sets the top bit, for which VPSHUFB gives zero, in every other row.
+    """
+
+    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+        x, table = values
+        nbytes = INSTRUCTIONS["pshufb_256"].nbytes
+        kind = ir.VectorType(byte, nbytes)
+        add = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind, kind]), f"llvm.uadd.sat.v{nbytes}i8"
+        )
+        parts = split(builder, x, nbytes)
+        found = [constant([0], nbytes)] * len(parts)
+        for r in range(16):
+            place = pointer(builder, builder.add(table, quad(16 * r)), ir.VectorType(byte, 16))
+            half = builder.load(place, align=1)
+            row = permute(builder, half, half, [i % 16 for i in range(nbytes)])
+            for i, part in enumerate(parts):
+                index = builder.call(add, [builder.xor(part, constant([16 * r], nbytes)), constant([0x70], nbytes)])
+                found[i] = builder.or_(found[i], call(builder, "pshufb_256", (row, index)))
+        return join(builder, found)
+
+    return x(x, table), generate
