@@ -1,17 +1,73 @@
-"""How every piece of a kernel is compiled: the house decorators."""
+"""How every piece of a kernel is compiled: the house decorator, and the two ways to an address.
+
+A kernel is serial, holds no lock, uses no fast mathematics and cannot raise. Numba compiles it; its LLVM code is then
+emitted once more for exactly the features of its tier, as an object that needs neither Numba nor Python.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numba
+from llvmlite import binding as llvm
+from numba.core import config
 
-# No fast mathematics, no parallel regions, no exceptions: a kernel is serial and cannot fail.
-OPTIONS = {"nopython": True, "error_model": "numpy", "boundscheck": False}
+ENTRY = "deeplock_kernel"  # the symbol of an object's only function
 
-inlined = numba.njit(forceinline=True, no_cpython_wrapper=True, **{k: v for k, v in OPTIONS.items() if k != "nopython"})
+_OPTIONS = {"error_model": "numpy", "boundscheck": False}
+
+inlined = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 
-def compile_kernel(function: Any, arity: int) -> Any:
-    """Compile a kernel to a C function `void (int64, ...)` and return Numba's CFunc."""
-    return numba.cfunc(numba.types.void(*[numba.types.int64] * arity), **OPTIONS)(function)
+def compile_function(function: Any, arity: int) -> Any:
+    """Compile a kernel for this process alone, by Numba's documented way, and return something to call.
+
+    The result has an `address`, or is plain Python where Numba is told not to compile.
+    """
+    if config.DISABLE_JIT:
+        return function
+    return numba.cfunc(numba.void(*[numba.int64] * arity), nopython=True, **_OPTIONS)(function)
+
+
+def compile_module(function: Any, arity: int) -> Any:
+    """Compile a kernel to an LLVM module that exports `ENTRY` alone, a C function `void (int64, ...)`.
+
+    It reaches into what Numba keeps of a compilation; `AttributeError` and the like mean that Numba has changed.
+    """
+    arguments = (numba.int64,) * arity
+    dispatcher = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    dispatcher.compile(arguments)
+    result = dispatcher.overloads[arguments]
+    inner = result.fndesc.llvm_func_name
+    given = ", ".join(f"i64 %a{i}" for i in range(arity))
+    module = llvm.parse_assembly(
+        f"""{result.library._final_module}
+        define void @{ENTRY}({given}) {{
+            %result = alloca i64
+            %error = alloca i64
+            %status = call i32 @"{inner}"(ptr %result, ptr %error, {given})
+            ret void
+        }}"""
+    )
+    for value in (*module.functions, *module.global_variables):
+        if value.name != ENTRY and not value.is_declaration:
+            value.linkage = "internal"
+    module.verify()
+    return module
+
+
+def emit(module: Any, features: frozenset[str]) -> tuple[bytes, str]:
+    """Give the object code and the assembly of a module for a processor with these features and no others."""
+    triple = llvm.get_process_triple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu="x86-64" if triple.startswith("x86_64") else "generic",
+        features=",".join(f"+{name}" for name in sorted(features)),
+        opt=3,
+        reloc="static",
+        codemodel="large",
+        jit=True,
+    )
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3)))
+    return machine.emit_object(module), machine.emit_assembly(module)

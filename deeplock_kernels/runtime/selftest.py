@@ -1,0 +1,139 @@
+"""The test that each kernel passes against the oracle before its first use in a process.
+
+It takes a few milliseconds and fails closed: code that a broken cache, compiler or processor made wrong is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from hashlib import sha256
+
+from deeplock_kernels import reference
+from deeplock_kernels.errors import SelfTestError
+from deeplock_kernels.kernels.signatures import RCON_WORDS, SEGMENTS_PER_GROUP, KernelName, segment_bytes
+from deeplock_kernels.runtime.forms import parameters
+from deeplock_kernels.sboxes import AES, SBox
+
+_KEY = bytes(range(1, 33))
+_START = b"\xff" * 15 + b"\xf9"  # a counter that wraps within the test
+_OFFSET, _NBYTES = 5, 300
+_SAMPLE = 200  # bytes of each segment that are compared
+
+# SHA-256 of the state after the segment that starts with KEY[:16], KEY[:24], KEY[:32]: computed by the oracle.
+CHAIN_DIGESTS = {
+    128: "c5125bd848730e6e3da571490392713107f14b31dc93ab53eae56104e0bbf3d1",
+    192: "3b7acee2c896c51788b6957c3a2b62fcb36a34a0842ad61f3747a8bc5da30c25",
+    256: "e3212efc61dc9bc6434c529f81da042dac4a2846eabe883e531fec26cb672197",
+}
+
+
+def check(tier: str, name: KernelName, function: Callable[..., None]) -> None:
+    """Run a kernel on a known answer.
+
+    Raises
+    ------
+    SelfTestError
+        The answer is wrong.
+    """
+    if not _CHECKS[name.operation](name, function):
+        raise SelfTestError(
+            f"kernel {tier}-{name}: got a wrong answer in its self-test, so it is not used; "
+            "clear the cache directory, or use another tier"
+        )
+
+
+def _box(name: KernelName) -> tuple[bytes, bytes]:
+    """Give the table that a kernel is tested with and its parameters."""
+    unlocks = name.direction == "unlock"
+    candidates = [SBox(bytes(range(256))), AES.inverse if unlocks else AES, AES, AES.inverse]
+    for box in candidates:
+        data = parameters(box, name.form)
+        if data is not None:
+            return box.table, data
+    raise AssertionError(name.form)
+
+
+def _expected(name: KernelName, table: bytes, data: bytes, stream: bytes) -> bytes:
+    if name.direction == "lock":
+        return reference.lock(data, stream, table)
+    # The kernel that unlocks is given the inverse table already.
+    return bytes(table[c] ^ k for c, k in zip(data, stream, strict=True))
+
+
+def _plain(nbytes: int) -> bytes:
+    return (bytes(range(251)) * (nbytes // 251 + 1))[:nbytes]
+
+
+def _check_counter(name: KernelName, function: Callable[..., None]) -> bool:
+    key = _KEY[: name.bits // 8]
+    words = reference.expand_key(key, name.bits // 8 + 28)
+    cipher = b"".join(word.to_bytes(4, "big") for word in words) + _START
+    table, box = _box(name)
+    data = ctypes.create_string_buffer(_plain(_NBYTES))
+    address = ctypes.addressof(data)
+    function(address, address, _NBYTES, _OFFSET, _address(cipher), _address(box))
+    stream = reference.counter_keystream(key, _START, _NBYTES, _OFFSET)
+    return data.raw == _expected(name, table, _plain(_NBYTES), stream) + b"\0"
+
+
+def _check_expansion(name: KernelName, function: Callable[..., None]) -> bool:
+    key = _KEY[: name.bits // 8]
+    table, box = _box(name)
+    data = ctypes.create_string_buffer(_plain(_NBYTES))
+    address = ctypes.addressof(data)
+    function(address, address, _NBYTES, _OFFSET, _address(key), _address(RCON_WORDS), _address(box))
+    stream = reference.expansion_keystream(key, _NBYTES, _OFFSET)
+    return data.raw == _expected(name, table, _plain(_NBYTES), stream) + b"\0"
+
+
+def _check_expansion_chain(name: KernelName, function: Callable[..., None]) -> bool:
+    key = _KEY[: name.bits // 8]
+    states = ctypes.create_string_buffer(key, 2 * len(key))
+    function(ctypes.addressof(states), 1, _address(RCON_WORDS))
+    return sha256(states.raw[len(key) :]).hexdigest() == CHAIN_DIGESTS[name.bits]
+
+
+def _check_expansion_indexed(name: KernelName, function: Callable[..., None]) -> bool:
+    # Saved states need not follow from each other: any four keys will do, and the start of each segment is compared.
+    segment, length = segment_bytes(name.bits), name.bits // 8
+    keys = [(_KEY + _KEY)[i : i + length] for i in range(SEGMENTS_PER_GROUP)]
+    states = b"".join(keys)
+    table, box = _box(name)
+    data = ctypes.create_string_buffer(segment * SEGMENTS_PER_GROUP + 1)
+    address = ctypes.addressof(data)
+    function(address, address, 1, _address(states), _address(RCON_WORDS), _address(box))
+    return data.raw[-1] == 0 and all(
+        data[i * segment : i * segment + _SAMPLE]
+        == _expected(name, table, bytes(_SAMPLE), reference.expansion_keystream(key, _SAMPLE))
+        for i, key in enumerate(keys)
+    )
+
+
+def _check_substitute(name: KernelName, function: Callable[..., None]) -> bool:
+    table, box = _box(name)
+    data = ctypes.create_string_buffer(_plain(_NBYTES))
+    address = ctypes.addressof(data)
+    function(address, address, _NBYTES, _address(box))
+    return data.raw == bytes(table[x] for x in _plain(_NBYTES)) + b"\0"
+
+
+def _check_xor(_name: KernelName, function: Callable[..., None]) -> bool:
+    data = ctypes.create_string_buffer(_plain(256))
+    function(ctypes.addressof(data), 256, 0xA5)
+    return data.raw == bytes(x ^ 0xA5 for x in _plain(256)) + b"\0"
+
+
+def _address(data: bytes) -> int:
+    # The object's own memory, for reading only, as long as the caller holds the object.
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+
+
+_CHECKS: dict[str, Callable[[KernelName, Callable[..., None]], bool]] = {
+    "counter": _check_counter,
+    "expansion": _check_expansion,
+    "expansion_chain": _check_expansion_chain,
+    "expansion_indexed": _check_expansion_indexed,
+    "substitute": _check_substitute,
+    "xor": _check_xor,
+}

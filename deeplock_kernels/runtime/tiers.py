@@ -1,0 +1,281 @@
+"""The ordered table of processor tiers: which this machine can run, which one is in use, and its kernels.
+
+A new tier is a module of primitives in `kernels/` and one record in `TIERS`, best first. A tier runs only where the
+processor has all its features. `DEEPLOCK_TIER=name` or `use_tier(name)` force one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from deeplock_kernels.errors import KernelError, UnknownNameError, UnsupportedTierError
+from deeplock_kernels.kernels.signatures import KernelName
+from deeplock_kernels.runtime import codecache, selftest
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One way to run the kernels.
+
+    Attributes
+    ----------
+    name
+        What `use_tier` and DEEPLOCK_TIER call it.
+    description
+        The instructions it is made of.
+    requires
+        The processor features it needs, in LLVM's names.
+    constant_time
+        Whether its time is independent of keys and data: no memory is indexed by either.
+    forms
+        The forms of S-Box it has, in order of preference.
+    pace
+        Roughly how many bytes a core locks in a microsecond; pieces of work are sized by it.
+    """
+
+    name: str
+    description: str
+    requires: frozenset[str]
+    constant_time: bool
+    forms: tuple[str, ...]
+    pace: int
+
+    @property
+    def supported(self) -> bool:
+        """Whether this machine can run it."""
+        return self.requires <= host_features()
+
+    @property
+    def active(self) -> bool:
+        """Whether it is the tier in use."""
+        return active_tier() is self
+
+
+def _tier(name: str, description: str, requires: str, forms: str, pace: int, *, constant_time: bool = True) -> Tier:
+    return Tier(name, description, frozenset(requires.split()), constant_time, tuple(forms.split()), pace)
+
+
+TIERS = (
+    _tier(
+        "avx512",
+        "AVX-512 BW and VBMI, GFNI, VAES",
+        "avx512f avx512bw avx512dq avx512vl avx512vbmi gfni vaes aes bmi2",
+        "identity affine table",
+        16_000,
+    ),
+    _tier("gfni", "AVX2, GFNI, VAES", "avx2 gfni vaes aes bmi2", "identity affine table", 12_000),
+    _tier("avx2", "AVX2, AES-NI", "avx2 aes bmi2", "identity aes aes_inverse table", 6_000),
+    _tier("portable", "plain code, tables in memory", "", "identity table", 200, constant_time=False),
+)
+
+_lock = threading.RLock()
+_kernels: dict[tuple[str, KernelName], Callable[..., None]] = {}
+_kept: list[Any] = []  # what compiled code lives in
+_forced: Tier | None = None
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """Give the processor features that kernels may use here, in LLVM's names.
+
+    Numba's own switches (NUMBA_CPU_FEATURES, NUMBA_CPU_NAME=generic, NUMBA_ENABLE_AVX=0, NUMBA_DISABLE_JIT=1) take away
+    from them, because Numba has to compile the kernels.
+    """
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return frozenset()
+    from llvmlite import binding as llvm
+
+    try:
+        features = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    except RuntimeError:
+        return frozenset()
+    listed = os.environ.get("NUMBA_CPU_FEATURES")
+    if listed is not None:
+        flags = listed.split(",")
+        features &= {flag[1:] for flag in flags if flag.startswith("+")}
+    elif os.environ.get("NUMBA_CPU_NAME") == "generic":
+        features = set()
+    if os.environ.get("NUMBA_ENABLE_AVX", "1") == "0":
+        features = {name for name in features if not name.startswith("avx")}
+    return frozenset(features)
+
+
+def tiers() -> tuple[Tier, ...]:
+    """List all tiers, best first, with `name`, `supported`, `active` and `constant_time`."""
+    return TIERS
+
+
+def _find(name: object, argument: str) -> Tier:
+    for tier in TIERS:
+        if tier.name == name:
+            if tier.supported:
+                return tier
+            missing = ", ".join(sorted(tier.requires - host_features()))
+            raise UnsupportedTierError(
+                f"{argument}: got {name!r}, which needs {missing}, and this machine has not; "
+                f"supported here: {', '.join(t.name for t in TIERS if t.supported)}"
+            )
+    raise UnknownNameError(f"{argument}: got {name!r}, accepted are {', '.join(t.name for t in TIERS)}")
+
+
+@functools.cache
+def _chosen() -> Tier:
+    variable = os.environ.get("DEEPLOCK_TIER")
+    if variable:
+        return _find(variable, "DEEPLOCK_TIER")
+    return next(tier for tier in TIERS if tier.supported)
+
+
+def active_tier() -> Tier:
+    """Give the tier in use: the forced one, or the best that this machine supports.
+
+    Raises
+    ------
+    UnknownNameError, UnsupportedTierError
+        DEEPLOCK_TIER names no tier, or one that this machine cannot run.
+    """
+    return _forced or _chosen()
+
+
+class use_tier:  # noqa: N801 - called like a function
+    """Force a tier from now on for the whole process, or for a `with` block; None takes the force away.
+
+    Parameters
+    ----------
+    name
+        One of the names that `tiers()` lists.
+
+    Raises
+    ------
+    UnknownNameError
+        There is no such tier.
+    UnsupportedTierError
+        This machine cannot run it.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        tier = None if name is None else _find(name, "name")
+        self._before, _forced = _forced, tier
+
+    def __enter__(self) -> Tier:
+        return active_tier()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def kernel(tier: Tier, name: KernelName) -> Callable[..., None]:
+    """Give a kernel of a tier as a function of integers, compiled or loaded on first use and tested then.
+
+    Raises
+    ------
+    KernelError
+        It could not be compiled.
+    SelfTestError
+        It gave a wrong answer; it will not be used.
+    """
+    found = _kernels.get((tier.name, name))
+    if found is not None:
+        return found
+    with _lock:
+        found = _kernels.get((tier.name, name))
+        if found is None:
+            found = _load(tier, name)
+            selftest.check(tier.name, name, found)
+            _kernels[tier.name, name] = found
+        return found
+
+
+def _load(tier: Tier, name: KernelName) -> Callable[..., None]:
+    entry = f"{tier.name}-{name}"
+    code = codecache.load(entry)
+    if code is not None:
+        try:
+            return _from_object(code, name.arity)
+        except Exception:  # an object that does not link is no better than none
+            pass
+    try:
+        function = build(tier, name)
+        from deeplock_kernels.kernels import house
+
+        _guard_numba_against_fork()
+        try:
+            code, _assembly = house.emit(house.compile_module(function, name.arity), tier.requires)
+            linked = _from_object(code, name.arity)
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):
+            compiled = house.compile_function(function, name.arity)  # Numba's own way, without an object to keep
+            if not hasattr(compiled, "address"):
+                return compiled  # type: ignore[no-any-return]
+            _kept.append(compiled)
+            return _as_function(compiled.address, name.arity)
+    except Exception as error:
+        raise KernelError(f"kernel {entry}: it could not be compiled ({type(error).__name__}: {error})") from error
+    codecache.save(entry, code)
+    return linked
+
+
+def build(tier: Tier, name: KernelName) -> Any:
+    """Give the Python source function of a kernel; this imports Numba."""
+    primitives = importlib.import_module(f"deeplock_kernels.kernels.{tier.name}")
+    builder = getattr(primitives, "build", None) or importlib.import_module("deeplock_kernels.kernels.vectorized").build
+    return builder(primitives, name)
+
+
+def assembly(tier: Tier, name: KernelName) -> str:
+    """Compile a kernel of any tier, even one this machine cannot run, and give its assembly."""
+    from deeplock_kernels.kernels import house
+
+    with _lock:
+        return house.emit(house.compile_module(build(tier, name), name.arity), tier.requires)[1]
+
+
+@functools.cache
+def _linker() -> Any:
+    from llvmlite import binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return llvm.create_lljit_compiler(target.create_target_machine(codemodel="large", jit=True))
+
+
+def _from_object(code: bytes, arity: int) -> Callable[..., None]:
+    from llvmlite import binding as llvm
+
+    symbol = "deeplock_kernel"
+    library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol).add_current_process()
+    tracker = library.link(_linker(), f"deeplock{len(_kept)}")
+    _kept.append(tracker)
+    return _as_function(tracker[symbol], arity)
+
+
+def _as_function(address: int, arity: int) -> Callable[..., None]:
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
+
+
+def _hold_through_fork(lock: Any) -> None:
+    # A child must not inherit a lock that a thread which it has not got holds.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+_hold_through_fork(_lock)
+
+
+@functools.cache
+def _guard_numba_against_fork() -> None:
+    from numba.core.compiler_lock import global_compiler_lock
+
+    _hold_through_fork(global_compiler_lock)
