@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import starmap
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deeplock_kernels.errors import ParameterError
 
@@ -188,23 +189,54 @@ def resolve_threads(threads: int | None) -> int:
     return get_num_threads() if threads is None else _count("threads", threads)
 
 
+# What a child must not inherit held by a thread that it has not got: each of these is taken, in order, for a fork.
+_order: list[Any] = []
+_others: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def hold_through_fork(lock: Any, *, forever: bool = False) -> None:
+    """Take a lock around every fork of the process, as long as the lock lives.
+
+    Parameters
+    ----------
+    lock
+        Has `acquire` and `release`.
+    forever
+        For a lock of a module: those are taken first, in the order of registration.
+    """
+    if forever:
+        _order.append(lock)
+    else:
+        _others.add(lock)
+
+
+_held: list[Any] = []
+
+
 def _before_fork() -> None:
-    # A child has no threads but its own, and Python warns of a fork beside live ones: end them, the next call starts new ones.
+    # Python warns of a fork beside live threads: end the pool's, the next call starts new ones.
     _lock.acquire()
     for _ in _workers:
         _queue.put(None)
     for thread in _workers:
         thread.join()
     _workers.clear()
+    for lock in (*_order, *_others):
+        lock.acquire()
+        _held.append(lock)
+
+
+def _after_fork() -> None:
+    while _held:
+        _held.pop().release()
+    _lock.release()
 
 
 def _after_fork_in_child() -> None:
     global _queue
     _queue = SimpleQueue()
-    _lock.release()
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_lock.release, after_in_child=_after_fork_in_child)
-
-
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -18,7 +18,7 @@ from typing import Any
 
 from deeplock_kernels.errors import KernelError, UnknownNameError, UnsupportedTierError
 from deeplock_kernels.kernels.signatures import KernelName
-from deeplock_kernels.runtime import codecache, selftest
+from deeplock_kernels.runtime import codecache, pool, selftest
 
 
 @dataclass(frozen=True)
@@ -265,17 +265,11 @@ def _as_function(address: int, arity: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
 
 
-def _hold_through_fork(lock: Any) -> None:
-    # A child must not inherit a lock that a thread which it has not got holds.
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
-
-
-_hold_through_fork(_lock)
+pool.hold_through_fork(_lock, forever=True)
 
 
 @functools.cache
 def _guard_numba_against_fork() -> None:
     from numba.core.compiler_lock import global_compiler_lock
 
-    _hold_through_fork(global_compiler_lock)
+    pool.hold_through_fork(global_compiler_lock, forever=True)

@@ -1,0 +1,180 @@
+"""The only place that turns arrays, tensors and other memory into addresses, and the only overlap check.
+
+Accepted is whatever is one contiguous block of memory in C order: NumPy arrays of any dtype without Python objects (those
+of ml_dtypes too), what has Python's buffer protocol (bytearray, memoryview, mmap, array.array, bytes for reading), and
+PyTorch tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deeplock_kernels.errors import (
+    BufferLayoutError,
+    BufferTypeError,
+    OverlapError,
+    ReadOnlyError,
+    SizeMismatchError,
+)
+
+
+class Memory(NamedTuple):
+    """A block of memory.
+
+    Attributes
+    ----------
+    address
+        Of its first byte.
+    nbytes
+        Its length.
+    owner
+        The object that keeps it alive; its memory stays where it is as long as this object lives.
+    """
+
+    address: int
+    nbytes: int
+    owner: Any
+
+    @property
+    def stop(self) -> int:
+        """The address behind its last byte."""
+        return self.address + self.nbytes
+
+
+_CONTIGUOUS = "accepted is one contiguous block in C order; make it so first, as with numpy.ascontiguousarray"
+
+
+def memory(data: object, argument: str = "data", *, writable: bool = False) -> Memory:
+    """Give the memory of an array, tensor or buffer.
+
+    Parameters
+    ----------
+    data
+        Any of what the module lists.
+    argument
+        The name of the caller's argument, for messages.
+    writable
+        Whether it will be written.
+
+    Raises
+    ------
+    BufferTypeError
+        It is no memory, holds Python objects, or lies on another device.
+    BufferLayoutError
+        It is not one contiguous block in C order.
+    ReadOnlyError
+        It is read-only and `writable` is asked for.
+    """
+    if isinstance(data, np.ndarray):
+        return _array_memory(data, argument, writable)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(data, torch.Tensor):
+        return _tensor_memory(data, argument, writable)
+    try:
+        view = memoryview(data)  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError):
+        hint = "; encode text to bytes first" if isinstance(data, str) else ""
+        raise BufferTypeError(
+            f"{argument}: got {type(data).__name__}, accepted are arrays, CPU tensors and buffers{hint}"
+        ) from None
+    if "O" in view.format:
+        raise BufferTypeError(f"{argument}: got a buffer of Python objects, accepted are plain numbers")
+    if not view.c_contiguous:
+        raise BufferLayoutError(f"{argument}: got a buffer with gaps or another order, {_CONTIGUOUS}")
+    if writable and view.readonly:
+        raise _read_only(argument, type(data).__name__)
+    if view.nbytes == 0:
+        return Memory(0, 0, view)
+    flat = np.frombuffer(view, np.uint8)
+    return Memory(flat.ctypes.data, flat.nbytes, flat)
+
+
+def _read_only(argument: str, kind: str) -> ReadOnlyError:
+    return ReadOnlyError(
+        f"{argument}: got a read-only {kind}, accepted is writable memory; pass a writable `out`, or leave `out` away"
+    )
+
+
+def _array_memory(array: Any, argument: str, writable: bool) -> Memory:
+    if array.dtype.hasobject:
+        raise BufferTypeError(f"{argument}: got an array of dtype {array.dtype}, accepted are dtypes without Python objects")
+    if not array.flags.c_contiguous:
+        raise BufferLayoutError(f"{argument}: got an array with strides {array.strides}, {_CONTIGUOUS}")
+    if writable and not array.flags.writeable:
+        raise _read_only(argument, "array")
+    return Memory(array.__array_interface__["data"][0], array.nbytes, array)
+
+
+def _tensor_memory(tensor: Any, argument: str, writable: bool) -> Memory:
+    if tensor.device.type != "cpu":
+        raise BufferTypeError(f"{argument}: got a tensor on device {tensor.device}, accepted are CPU tensors; call .cpu()")
+    if str(tensor.layout) != "torch.strided" or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        raise BufferTypeError(f"{argument}: got a tensor with a layout of its own, accepted are plain strided tensors")
+    if not tensor.is_contiguous():
+        raise BufferLayoutError(f"{argument}: got a tensor with strides {tensor.stride()}, {_CONTIGUOUS}")
+    if writable and (tensor.is_inference() and not sys.modules["torch"].is_inference_mode_enabled()):
+        raise _read_only(argument, "inference tensor")
+    return Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor)
+
+
+def note_written(data: object) -> None:
+    """Tell autograd that a tensor's memory was changed, so that it refuses stale values."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(data, torch.Tensor) and not data.is_inference():
+        torch.autograd.graph.increment_version(data)
+
+
+def new_like(data: object) -> Any:
+    """Make memory of the same shape and dtype: a tensor for a tensor, else a NumPy array."""
+    if isinstance(data, np.ndarray):
+        return np.empty_like(data, order="C", subok=False)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(data, torch.Tensor):
+        return torch.empty_like(data.detach(), memory_format=torch.contiguous_format)
+    view = memoryview(data)  # type: ignore[arg-type]
+    try:
+        dtype = np.dtype(view.format)
+    except TypeError:
+        return np.empty(view.nbytes, np.uint8)
+    return np.empty(view.shape if dtype.itemsize == view.itemsize else view.nbytes, dtype)
+
+
+def output_memory(out: object, source: Memory) -> Memory:
+    """Give the memory of `out`, checked against the source.
+
+    Raises
+    ------
+    SizeMismatchError
+        They differ in length.
+    OverlapError
+        They share some bytes but are not the same range.
+    """
+    target = memory(out, "out", writable=True)
+    if target.nbytes != source.nbytes:
+        raise SizeMismatchError(f"out: got {target.nbytes} bytes, accepted are the {source.nbytes} bytes of data")
+    check_overlap(target, source, "out", "data")
+    return target
+
+
+def check_overlap(a: Memory, b: Memory, first: str, second: str) -> None:
+    """Accept the same range or separate ranges.
+
+    Raises
+    ------
+    OverlapError
+        The two share some bytes but are not the same range.
+    """
+    same = a.address == b.address and a.nbytes == b.nbytes
+    if not same and a.address < b.stop and b.address < a.stop:
+        raise OverlapError(
+            f"{first}: got memory that overlaps {second} in part; accepted are the same range or separate ranges"
+        )
+
+
+def wipe(block: Memory) -> None:
+    """Fill a block with zeros."""
+    ctypes.memset(block.address, 0, block.nbytes)

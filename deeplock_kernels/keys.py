@@ -1,0 +1,186 @@
+"""The master key, and what is derived from it for each lock (HKDF-SHA256, RFC 5869)."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from types import TracebackType
+from typing import NoReturn
+
+from deeplock_kernels.errors import KeyFormatError, KeyTypeError, KeyWipedError, ParameterError
+from deeplock_kernels.files import file_errors, path_text
+
+KEY_BITS = (128, 192, 256)
+_LENGTHS = tuple(bits // 8 for bits in KEY_BITS)
+_HEX_DIGITS = frozenset("0123456789abcdef")
+
+
+class MasterKey:
+    """A key of 128, 192 or 256 bits that does not show itself.
+
+    Its bytes appear in no repr, text, pickle or copy. They are kept in one buffer of their own, which `wipe()` and the end
+    of a `with` block fill with zeros. That is best effort: Python may have copied what was passed in, and derived keys
+    live as long as the objects that use them.
+
+    Use `generate`, `from_bytes`, `from_hex` or `from_file`.
+    """
+
+    __slots__ = ("__weakref__", "_bytes")
+
+    def __init__(self) -> None:
+        raise KeyTypeError("MasterKey: made by generate(), from_bytes(), from_hex() or from_file(), not by a call")
+
+    @classmethod
+    def generate(cls, bits: int = 256) -> MasterKey:
+        """Make a new random key of `bits` bits from the operating system's generator.
+
+        Raises
+        ------
+        ParameterError
+            `bits` is not 128, 192 or 256.
+        """
+        if isinstance(bits, bool) or bits not in KEY_BITS:
+            raise ParameterError(f"bits: got {bits!r}, accepted are 128, 192 and 256")
+        return cls.from_bytes(secrets.token_bytes(bits // 8))
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> MasterKey:
+        """Take a key of 16, 24 or 32 bytes.
+
+        Raises
+        ------
+        KeyTypeError
+            `data` is not bytes.
+        KeyFormatError
+            `data` has another length.
+        """
+        key = object.__new__(cls)
+        key._bytes = bytearray(key_bytes(data, "data"))
+        return key
+
+    @classmethod
+    def from_hex(cls, text: str) -> MasterKey:
+        """Take a key of 32, 48 or 64 lowercase hexadecimal digits.
+
+        Raises
+        ------
+        KeyTypeError
+            `text` is not a str.
+        KeyFormatError
+            `text` has another length or other characters.
+        """
+        if not isinstance(text, str):
+            raise KeyTypeError(f"text: got {type(text).__name__}, accepted is a str of hexadecimal digits")
+        if len(text) not in (32, 48, 64) or not _HEX_DIGITS.issuperset(text):
+            raise KeyFormatError(
+                f"text: got {len(text)} characters, accepted are 32, 48 or 64 lowercase hexadecimal digits and nothing else"
+            )
+        return cls.from_bytes(bytes.fromhex(text))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> MasterKey:
+        """Read a key file: one line of 32, 48 or 64 lowercase hexadecimal digits, as `deeplock keygen` writes it.
+
+        Raises
+        ------
+        FileAccessError
+            The file cannot be read.
+        KeyFormatError
+            The file holds something else.
+        """
+        text = path_text(path)
+        with file_errors(text, "read"), open(text, "rb") as file:
+            line = file.read(66)
+        try:
+            return cls.from_hex(line.removesuffix(b"\n").decode("ascii"))
+        except (UnicodeDecodeError, KeyFormatError):
+            raise KeyFormatError(
+                f"{text}: not a key file; accepted is one line of 32, 48 or 64 lowercase hexadecimal digits"
+            ) from None
+
+    @property
+    def bits(self) -> int:
+        """The length of the key in bits."""
+        return len(self._bytes) * 8
+
+    def wipe(self) -> None:
+        """Fill the key with zeros; every later use raises KeyWipedError."""
+        for i in range(len(self._bytes)):
+            self._bytes[i] = 0
+        self._bytes.clear()
+
+    def __enter__(self) -> MasterKey:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wipe()
+
+    def __repr__(self) -> str:
+        return f"MasterKey({self.bits} bits)" if self._bytes else "MasterKey(wiped)"
+
+    def __eq__(self, other: object) -> bool:
+        return hmac.compare_digest(self._bytes, other._bytes) if isinstance(other, MasterKey) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise KeyTypeError("MasterKey: it cannot be pickled or copied; pass the object itself, or a key file's path")
+
+    def __copy__(self) -> NoReturn:
+        raise KeyTypeError("MasterKey: it cannot be copied; pass the object itself")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise KeyTypeError("MasterKey: it cannot be copied; pass the object itself")
+
+
+def key_bytes(key: object, argument: str = "key") -> bytes:
+    """Check a key argument and give its bytes.
+
+    Raises
+    ------
+    KeyTypeError, KeyFormatError, KeyWipedError
+        It is not bytes or a MasterKey, not of 16, 24 or 32 bytes, or wiped.
+    """
+    if isinstance(key, MasterKey):
+        if not key._bytes:
+            raise KeyWipedError(f"{argument}: got a MasterKey that was wiped; make it again from its source")
+        return bytes(key._bytes)
+    if not isinstance(key, (bytes, bytearray, memoryview)):
+        hint = "; a text of hexadecimal digits goes through MasterKey.from_hex" if isinstance(key, str) else ""
+        raise KeyTypeError(f"{argument}: got {type(key).__name__}, accepted are bytes or a MasterKey{hint}")
+    data = bytes(key)
+    if len(data) not in _LENGTHS:
+        raise KeyFormatError(f"{argument}: got {len(data)} bytes, accepted are 16, 24 or 32")
+    return data
+
+
+class Derivation:
+    """All that is derived from a master key and the salt of one lock, by labels (RFC 5869, HKDF-SHA256)."""
+
+    def __init__(self, key: object, salt: bytes) -> None:
+        secret = key_bytes(key)
+        self._key_length = len(secret)
+        self._pseudorandom_key = hmac.digest(salt, secret, "sha256")
+
+    def __repr__(self) -> str:
+        return "Derivation(...)"
+
+    def _expand(self, info: bytes, length: int) -> bytes:
+        output = block = b""
+        for counter in range(1, -(-length // 32) + 1):
+            block = hmac.digest(self._pseudorandom_key, block + info + bytes((counter,)), "sha256")
+            output += block
+        return output[:length]
+
+    def tensor_key_iv(self, schedule: str, sbox: str, name: str) -> tuple[bytes, bytes]:
+        """Give a tensor's own key, as long as the master key, and its 16-byte iv."""
+        label = f"deeplock/v1/tensor/{schedule}/{sbox}\0{name}".encode()
+        both = self._expand(label, self._key_length + 16)
+        return both[: self._key_length], both[self._key_length :]
+
+    def check(self) -> bytes:
+        """Give the 16 bytes by which a header knows its key."""
+        return self._expand(b"deeplock/v1/check", 16)
