@@ -26,6 +26,7 @@ _REASONS = {
     errno.EDQUOT: "the disk quota is used up; free some space, or choose a directory on another disk",
     errno.EFBIG: "it is larger than the disk or the process's limit; choose another disk or raise the limit",
     errno.ENOENT: "no such file or directory; check the spelling and that its directory exists",
+    errno.EEXIST: "it exists already and is not overwritten; choose another name",
     errno.ENOTDIR: "a part of its path is no directory; check the spelling",
     errno.EISDIR: "it is a directory; give the path of a file",
     errno.EACCES: "permission denied; check the permissions of the file and its directory",

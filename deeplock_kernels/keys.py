@@ -99,6 +99,29 @@ class MasterKey:
                 f"{text}: not a key file; accepted is one line of 32, 48 or 64 lowercase hexadecimal digits"
             ) from None
 
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write a key file that only its owner can read (mode 0600); an existing file is never overwritten.
+
+        Raises
+        ------
+        FileAccessError
+            The file exists or cannot be written; nothing was left behind.
+        KeyWipedError
+            After `wipe()`.
+        """
+        text = path_text(path)
+        line = key_bytes(self).hex().encode() + b"\n"
+        with file_errors(text, "written"):
+            descriptor = os.open(text, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(descriptor)
+            except BaseException:
+                os.unlink(text)
+                raise
+
     @property
     def bits(self) -> int:
         """The length of the key in bits."""

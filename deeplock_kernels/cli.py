@@ -1,0 +1,242 @@
+"""The command `deeplock`.
+
+Exit codes: 0 done; 1 it could not be done (a bad file, a full disk, ...); 2 the command line is wrong; 3 the key is
+not the right one; 130 interrupted. Results go to the standard output, messages and progress to the standard error. A
+message is one line `deeplock: error: ...`. A command that fails leaves no output file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from deeplock_kernels import __version__
+from deeplock_kernels.errors import DeepLockError, WrongKeyError
+
+DONE, FAILED, USAGE, WRONG_KEY, INTERRUPTED = 0, 1, 2, 3, 130
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "KIB": 1 << 10, "M": 1 << 20, "MIB": 1 << 20, "G": 1 << 30, "GIB": 1 << 30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+        sys.stdout.flush()
+    except WrongKeyError as error:
+        return _complain(error, WRONG_KEY)
+    except DeepLockError as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        print("deeplock: interrupted; nothing was changed", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    return DONE
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"deeplock: error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deeplock",
+        description="Lock the weights of trained networks with a key: a locked model loads everywhere and computes nonsense.",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"deeplock {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(run=run)
+        return added
+
+    keygen = command("keygen", _keygen, "write a new random key to a file that only you can read")
+    keygen.add_argument("keyfile", metavar="KEYFILE", help="the file to write; never overwritten")
+    keygen.add_argument("--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)")
+
+    locker = command("lock", _lock, "lock a safetensors file")
+    _add_files(locker)
+    locker.add_argument(
+        "--schedule",
+        default="counter",
+        help="counter (default), or expansion, the paper's, which one known block of weights breaks",
+    )
+    locker.add_argument("--sbox", default="aes", help="the S-Box (default aes); see `deeplock sboxes`")
+    locker.add_argument("--only", metavar="GLOB", action="append", help="lock only tensors of such names; may be repeated")
+
+    _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
+
+    inspect = command("inspect", _inspect, "show what a file holds and what of it is locked; needs no key")
+    inspect.add_argument("file", metavar="FILE")
+
+    command("tiers", _tiers, "list the processor tiers and the one in use")
+    command("sboxes", _sboxes, "list the S-Boxes and their properties")
+
+    bench = command("bench", _bench, "measure locking against what this machine's memory allows")
+    bench.add_argument("--size", type=_size, default=256 << 20, help="bytes of the buffer, as in 64MiB (default 256MiB)")
+    bench.add_argument("--rounds", type=_positive, default=15, help="how often each is measured (default 15)")
+    bench.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
+    bench.add_argument("--tier", default=None, help="a tier to force; see `deeplock tiers`")
+
+    demo = command("demo", _demo, "lock a real network that reads digits, try wrong keys, unlock it, and measure")
+    demo.add_argument("--quick", action="store_true", help="measure small sizes only")
+    return parser
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN", help="the safetensors file to read")
+    parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
+    parser.add_argument("--key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
+    parser.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted is a whole number of at least 1")
+    return value
+
+
+def _size(text: str) -> int:
+    number = text.rstrip("BKMGIbkmgi")
+    unit = _UNITS.get(text[len(number) :].upper())
+    if unit is None or not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are sizes such as 65536, 64KiB, 256MiB and 2GiB")
+    return int(number) * unit
+
+
+@contextmanager
+def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
+    """Show progress on a terminal, and nothing elsewhere."""
+    from tqdm import tqdm
+
+    try:
+        total: int | None = os.path.getsize(path)
+    except OSError:
+        total = None
+    with tqdm(
+        total=total, desc=verb, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None, file=sys.stderr
+    ) as bar:
+        yield bar.update
+
+
+def _keygen(arguments: argparse.Namespace) -> None:
+    from deeplock_kernels.keys import MasterKey
+
+    with MasterKey.generate(arguments.bits) as key:
+        key.to_file(arguments.keyfile)
+    print(f"{arguments.keyfile}: a new key of {arguments.bits} bits; whoever has it can unlock, without it nobody can")
+
+
+def _lock(arguments: argparse.Namespace) -> None:
+    from deeplock_kernels.checkpoints.safetensors import lock_file
+    from deeplock_kernels.keys import MasterKey
+
+    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
+        header = lock_file(
+            arguments.input,
+            arguments.output,
+            key,
+            schedule=arguments.schedule,
+            sbox=arguments.sbox,
+            only=arguments.only,
+            threads=arguments.threads,
+            progress=progress,
+        )
+    nbytes = sum(record.nbytes for record in header.tensors.values())
+    print(f"{arguments.output}: {len(header.tensors)} tensors locked, {nbytes:,} bytes")
+
+
+def _unlock(arguments: argparse.Namespace) -> None:
+    from deeplock_kernels.checkpoints.safetensors import unlock_file
+    from deeplock_kernels.keys import MasterKey
+
+    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
+        unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
+    print(f"{arguments.output}: unlocked")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from deeplock_kernels.checkpoints.container import entry, read_table
+    from deeplock_kernels.header import LockHeader
+
+    table = read_table(arguments.file)
+    text = entry(table)
+    header = None if text is None else LockHeader.from_json(text)
+    nbytes = sum(tensor.nbytes for tensor in table.tensors.values())
+    print(f"{arguments.file}: {len(table.tensors)} tensors, {nbytes:,} bytes, {'not locked' if header is None else 'locked'}")
+    if header is not None:
+        sbox = header.sbox if isinstance(header.sbox, str) else f"with SHA-256 {header.sbox['sha256']}"
+        print(f"format {header.format}, schedule {header.schedule}, S-Box {sbox}, key of {header.key_bits} bits")
+        if header.schedule == "expansion":
+            print("warning: one known block of weights gives away the key of this schedule")
+    width = max((len(ascii(name)) for name in table.tensors), default=0)
+    for name, tensor in table.tensors.items():
+        state = "locked" if header is not None and name in header.tensors else "plain"
+        print(f"  {ascii(name):{width}}  {tensor.dtype:8} {list(tensor.shape)!s:20} {tensor.nbytes:>14,} bytes  {state}")
+
+
+def _tiers(_arguments: argparse.Namespace) -> None:
+    from deeplock_kernels.runtime.tiers import tiers
+
+    print(f"{'tier':10}{'supported':11}{'active':8}{'constant time':15}made of")
+    for tier in tiers():
+        supported, active, constant = (
+            "yes" if flag else "no" for flag in (tier.supported, tier.active, tier.constant_time)
+        )
+        print(f"{tier.name:10}{supported:11}{active:8}{constant:15}{tier.description}")
+
+
+def _sboxes(_arguments: argparse.Namespace) -> None:
+    from deeplock_kernels.sboxes import SBOXES
+
+    print("An S-Box is public and adds no secrecy here: these numbers describe the tables.")
+    titles = ("name", "nonlinearity", "uniformity", "boomerang", "degree", "fixed points", "SHA-256")
+    print("{:12}{:>13}{:>12}{:>11}{:>8}{:>14}  {}".format(*titles))
+    for name, box in SBOXES.items():
+        found = box.properties()
+        print(
+            f"{name:12}{found.nonlinearity:13}{found.differential_uniformity:12}{found.boomerang_uniformity:11}"
+            f"{found.min_degree:8}{len(found.fixed_points):14}  {box.sha256[:16]}"
+        )
+        for weakness in found.weaknesses:
+            print(f"{'':12}  {weakness}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from deeplock_kernels import measure
+    from deeplock_kernels.runtime.pool import resolve_threads
+    from deeplock_kernels.runtime.tiers import use_tier
+
+    if arguments.tier is not None:
+        use_tier(arguments.tier)
+    threads = resolve_threads(arguments.threads)
+    data, copy = measure.aligned(arguments.size), measure.aligned(arguments.size)
+    work = measure.limits(data, copy, threads) | measure.locks(data, threads) | measure.peers(data)
+    print(measure.environment(threads))
+    print(f"{arguments.size:,} bytes in place, median of {arguments.rounds} rounds [lowest to highest]")
+    for name, figure in measure.measure(work, data.nbytes, arguments.rounds).items():
+        print(f"  {name:40}{figure.row()}")
+    seconds = sorted(measure.first_lock_seconds())
+    print(
+        f"  {'process start to first locked MiB':40}{seconds[len(seconds) // 2]:7.2f} s"
+        f"     [{seconds[0]:6.2f} to {seconds[-1]:6.2f}]  with compiled kernels in the cache"
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from deeplock_kernels.demo.show import show
+
+    show(quick=arguments.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

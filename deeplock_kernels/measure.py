@@ -1,0 +1,177 @@
+"""Measure locking against what the machine's memory allows, as ratios within one run.
+
+The limits are an in-place XOR with a constant, by the tier's widest vectors and on the same threads, and a copy by
+the same threads. All work is measured in turn, round after round, so that a machine that changes its speed changes
+all figures alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import secrets
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deeplock_kernels.kernels.signatures import RCON_WORDS, KernelName, segment_bytes
+from deeplock_kernels.locking import lock, unlock
+from deeplock_kernels.runtime.pool import Call, run
+from deeplock_kernels.runtime.tiers import active_tier, kernel
+from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule
+from deeplock_kernels.transform import IDENTITY, Transform
+
+Work = Callable[[], object]
+LIMIT = "XOR in place (the limit)"
+
+
+class Figure(NamedTuple):
+    """One kind of work, measured.
+
+    Attributes
+    ----------
+    speed
+        GB/s of each round, 10^9 bytes.
+    ratio
+        Each round's speed divided by the limit's in the same round.
+    """
+
+    speed: list[float]
+    ratio: list[float]
+
+    def row(self) -> str:
+        """Give median, range and ratio as text."""
+        speed, ratio = self.speed, self.ratio
+        return (
+            f"{statistics.median(speed):7.2f} GB/s  [{min(speed):6.2f} to {max(speed):6.2f}]"
+            f"  {statistics.median(ratio):5.2f} of the limit"
+        )
+
+
+def measure(work: Mapping[str, Work], nbytes: int, rounds: int, limit: str = LIMIT) -> dict[str, Figure]:
+    """Run each kind of work once a round and give its speed and its ratio to the limit, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for function in work.values():
+        function()
+    for _ in range(rounds):
+        for name, function in work.items():
+            begin = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - begin)
+    return {
+        name: Figure(
+            [nbytes / second / 1e9 for second in taken],
+            [base / second for base, second in zip(seconds[limit], taken, strict=True)],
+        )
+        for name, taken in seconds.items()
+    }
+
+
+def aligned(nbytes: int) -> Any:
+    """Make a buffer of random bytes that starts at a random place of a page, a multiple of 64."""
+    block = np.empty(nbytes + 8192, np.uint8)
+    start = -block.ctypes.data % 4096 + 64 * secrets.randbelow(64)
+    data = block[start : start + nbytes]
+    data[:] = np.frombuffer(secrets.token_bytes(4096), np.uint8)[np.arange(nbytes) % 4096] if nbytes < 4096 else 0
+    if nbytes >= 4096:
+        data[: nbytes // 4096 * 4096].reshape(-1, 4096)[:] = np.frombuffer(secrets.token_bytes(4096), np.uint8)
+    return data
+
+
+def limits(data: Any, copy: Any, threads: int) -> dict[str, Work]:
+    """Give the XOR and the copy that locking is compared with, on the same threads in the same pieces."""
+    tier = active_tier()
+    xor = kernel(tier, KernelName("xor"))
+    address, target, nbytes = data.ctypes.data, copy.ctypes.data, data.nbytes
+    piece = Transform(IDENTITY, "lock").piece(nbytes, threads)
+    pieces = [(i, min(piece, nbytes - i)) for i in range(0, nbytes, piece)]
+    xors = [Call(xor, (address + i, n, 0x5A)) for i, n in pieces]
+    copies = [Call(ctypes.memmove, (target + i, address + i, n)) for i, n in pieces]
+    return {LIMIT: lambda: run(xors, threads), "copy (memcpy)": lambda: run(copies, threads)}
+
+
+def locks(data: Any, threads: int) -> dict[str, Work]:
+    """Give the kinds of locking that are measured, all in place."""
+    counter_128 = CounterSchedule(bytes(range(16)), bytes(16))
+    counter_256 = CounterSchedule(bytes(range(32)), bytes(16))
+    indexed = ExpansionSchedule(bytes(range(16)))
+
+    def first_pass() -> None:
+        lock(data, ExpansionSchedule(bytes(range(16))), out=data, threads=threads)
+
+    states = ctypes.create_string_buffer(bytes(range(16)), 16 * (data.nbytes // segment_bytes(128) + 2))
+    rcon = ctypes.create_string_buffer(RCON_WORDS)
+    chain = kernel(active_tier(), KernelName("expansion_chain", 128))
+    segments = max(data.nbytes // segment_bytes(128), 1)
+
+    def bare_chain() -> None:
+        chain(ctypes.addressof(states), segments, ctypes.addressof(rcon))
+
+    return {
+        "lock, counter 128, aes": lambda: lock(data, counter_128, out=data, threads=threads),
+        "unlock, counter 128, aes": lambda: unlock(data, counter_128, out=data, threads=threads),
+        "lock, counter 256, aes": lambda: lock(data, counter_256, out=data, threads=threads),
+        "lock, counter 128, sm4": lambda: lock(data, counter_128, sbox="sm4", out=data, threads=threads),
+        "lock, counter 128, kuznyechik": lambda: lock(data, counter_128, sbox="kuznyechik", out=data, threads=threads),
+        "unlock, counter 128, kuznyechik": lambda: unlock(
+            data, counter_128, sbox="kuznyechik", out=data, threads=threads
+        ),
+        "expansion 128, its bare chain": bare_chain,
+        "lock, expansion 128, first pass": first_pass,
+        "lock, expansion 128, indexed": lambda: lock(data, indexed, out=data, threads=threads),
+    }
+
+
+def peers(data: Any) -> dict[str, Work]:
+    """Give what users could call in place of this package, as far as it is installed: one thread, as it comes."""
+    try:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    except ImportError:
+        return {}
+
+    def encrypt() -> None:
+        encryptor = Cipher(algorithms.AES(bytes(range(16))), modes.CTR(bytes(16))).encryptor()
+        view = memoryview(data)
+        step = 1 << 30  # it takes no more than 2^31 - 1 bytes at once
+        for i in range(0, len(view), step):
+            encryptor.update_into(view[i : i + step], view[i : i + step])
+
+    return {"cryptography AES-128-CTR, update_into": encrypt}
+
+
+def environment(threads: int) -> str:
+    """Describe the machine and the versions, on one line."""
+    import llvmlite
+
+    tier = active_tier()
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return (
+        f"{model}, {os.cpu_count()} processors, tier {tier.name}, {threads} threads, "
+        f"Python {platform.python_version()}, numpy {np.__version__}, llvmlite {llvmlite.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}"
+    )
+
+
+def first_lock_seconds(rounds: int = 5) -> list[float]:
+    """Time fresh processes from their start to the first locked MiB, with compiled kernels in the cache."""
+    program = (
+        "import numpy, deeplock_kernels as d; a = numpy.zeros(1 << 20, numpy.uint8);"
+        "d.lock(a, d.CounterSchedule(bytes(16), bytes(16)), out=a)"
+    )
+    taken = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program], check=True)
+        taken.append(time.perf_counter() - begin)
+    return taken[1:]
