@@ -24,19 +24,34 @@ _HOMES = {
 }
 _HOME_BY_NAME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_BY_NAME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME_BY_NAME)]
 
 if TYPE_CHECKING:
-    from deeplock_kernels.checkpoints.safetensors import lock_file, read_header, unlock_file
-    from deeplock_kernels.errors import DeepLockError, WrongKeyError
-    from deeplock_kernels.header import LockHeader
-    from deeplock_kernels.keys import MasterKey
-    from deeplock_kernels.locking import lock, substitute, unlock
-    from deeplock_kernels.runtime.pool import get_num_threads, set_num_threads
-    from deeplock_kernels.runtime.tiers import tiers, use_tier
-    from deeplock_kernels.sboxes import AES, SBOXES, SBox
-    from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule, expand_key
-    from deeplock_kernels.tensors import lock_tensors, unlock_tensor, unlock_tensors
+    from deeplock_kernels.checkpoints.safetensors import lock_file as lock_file
+    from deeplock_kernels.checkpoints.safetensors import read_header as read_header
+    from deeplock_kernels.checkpoints.safetensors import unlock_file as unlock_file
+    from deeplock_kernels.errors import DeepLockError as DeepLockError
+    from deeplock_kernels.errors import WrongKeyError as WrongKeyError
+    from deeplock_kernels.header import LockHeader as LockHeader
+    from deeplock_kernels.keys import MasterKey as MasterKey
+    from deeplock_kernels.locking import lock as lock
+    from deeplock_kernels.locking import substitute as substitute
+    from deeplock_kernels.locking import unlock as unlock
+    from deeplock_kernels.runtime.pool import get_num_threads as get_num_threads
+    from deeplock_kernels.runtime.pool import set_num_threads as set_num_threads
+    from deeplock_kernels.runtime.tiers import tiers as tiers
+    from deeplock_kernels.runtime.tiers import use_tier as use_tier
+    from deeplock_kernels.sboxes import AES as AES
+    from deeplock_kernels.sboxes import SBOXES as SBOXES
+    from deeplock_kernels.sboxes import SBox as SBox
+    from deeplock_kernels.schedules import CounterSchedule as CounterSchedule
+    from deeplock_kernels.schedules import ExpansionSchedule as ExpansionSchedule
+    from deeplock_kernels.schedules import expand_key as expand_key
+    from deeplock_kernels.tensors import lock_tensors as lock_tensors
+    from deeplock_kernels.tensors import unlock_tensor as unlock_tensor
+    from deeplock_kernels.tensors import unlock_tensors as unlock_tensors
+
+
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """The only place that turns arrays, tensors and other memory into addresses, and the only overlap check.
 
-Accepted is whatever is one contiguous block of memory in C order: NumPy arrays of any dtype without Python objects (those
-of ml_dtypes too), what has Python's buffer protocol (bytearray, memoryview, mmap, array.array, bytes for reading), and
-PyTorch tensors on the CPU.
+Accepted is whatever is one contiguous block of memory in C order: NumPy arrays of any dtype without Python
+objects (those of ml_dtypes too), what has Python's buffer protocol (bytearray, memoryview, mmap, array.array,
+bytes for reading), and PyTorch tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def _read_only(argument: str, kind: str) -> ReadOnlyError:
 
 def _array_memory(array: Any, argument: str, writable: bool) -> Memory:
     if array.dtype.hasobject:
-        raise BufferTypeError(f"{argument}: got an array of dtype {array.dtype}, accepted are dtypes without Python objects")
+        raise BufferTypeError(
+            f"{argument}: got an array of dtype {array.dtype}, accepted are dtypes without Python objects"
+        )
     if not array.flags.c_contiguous:
         raise BufferLayoutError(f"{argument}: got an array with strides {array.strides}, {_CONTIGUOUS}")
     if writable and not array.flags.writeable:
@@ -111,9 +113,13 @@ def _array_memory(array: Any, argument: str, writable: bool) -> Memory:
 
 def _tensor_memory(tensor: Any, argument: str, writable: bool) -> Memory:
     if tensor.device.type != "cpu":
-        raise BufferTypeError(f"{argument}: got a tensor on device {tensor.device}, accepted are CPU tensors; call .cpu()")
+        raise BufferTypeError(
+            f"{argument}: got a tensor on device {tensor.device}, accepted are CPU tensors; call .cpu()"
+        )
     if str(tensor.layout) != "torch.strided" or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-        raise BufferTypeError(f"{argument}: got a tensor with a layout of its own, accepted are plain strided tensors")
+        raise BufferTypeError(
+            f"{argument}: got a tensor with a layout of its own, accepted are plain strided tensors"
+        )
     if not tensor.is_contiguous():
         raise BufferLayoutError(f"{argument}: got a tensor with strides {tensor.stride()}, {_CONTIGUOUS}")
     if writable and (tensor.is_inference() and not sys.modules["torch"].is_inference_mode_enabled()):
@@ -155,7 +161,9 @@ def output_memory(out: object, source: Memory) -> Memory:
     """
     target = memory(out, "out", writable=True)
     if target.nbytes != source.nbytes:
-        raise SizeMismatchError(f"out: got {target.nbytes} bytes, accepted are the {source.nbytes} bytes of data")
+        raise SizeMismatchError(
+            f"out: got {target.nbytes} bytes, accepted are the {source.nbytes} bytes of data"
+        )
     check_overlap(target, source, "out", "data")
     return target
 

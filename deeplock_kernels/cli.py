@@ -17,7 +17,16 @@ from deeplock_kernels import __version__
 from deeplock_kernels.errors import DeepLockError, WrongKeyError
 
 DONE, FAILED, USAGE, WRONG_KEY, INTERRUPTED = 0, 1, 2, 3, 130
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "KIB": 1 << 10, "M": 1 << 20, "MIB": 1 << 20, "G": 1 << 30, "GIB": 1 << 30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 1 << 10,
+    "KIB": 1 << 10,
+    "M": 1 << 20,
+    "MIB": 1 << 20,
+    "G": 1 << 30,
+    "GIB": 1 << 30,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +56,7 @@ def _complain(error: Exception, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deeplock",
-        description="Lock the weights of trained networks with a key: a locked model loads everywhere and computes nonsense.",
+        description="Lock the weights of trained networks: without the key a model loads and computes nonsense.",
         epilog="exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"deeplock {__version__}")
@@ -60,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
     keygen = command("keygen", _keygen, "write a new random key to a file that only you can read")
     keygen.add_argument("keyfile", metavar="KEYFILE", help="the file to write; never overwritten")
-    keygen.add_argument("--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)")
+    keygen.add_argument(
+        "--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)"
+    )
 
     locker = command("lock", _lock, "lock a safetensors file")
     _add_files(locker)
@@ -70,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         help="counter (default), or expansion, the paper's, which one known block of weights breaks",
     )
     locker.add_argument("--sbox", default="aes", help="the S-Box (default aes); see `deeplock sboxes`")
-    locker.add_argument("--only", metavar="GLOB", action="append", help="lock only tensors of such names; may be repeated")
+    locker.add_argument(
+        "--only", metavar="GLOB", action="append", help="lock only tensors of such names; may be repeated"
+    )
 
     _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
 
@@ -81,12 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     command("sboxes", _sboxes, "list the S-Boxes and their properties")
 
     bench = command("bench", _bench, "measure locking against what this machine's memory allows")
-    bench.add_argument("--size", type=_size, default=256 << 20, help="bytes of the buffer, as in 64MiB (default 256MiB)")
+    bench.add_argument(
+        "--size", type=_size, default=256 << 20, help="bytes of the buffer, as in 64MiB (default 256MiB)"
+    )
     bench.add_argument("--rounds", type=_positive, default=15, help="how often each is measured (default 15)")
     bench.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
     bench.add_argument("--tier", default=None, help="a tier to force; see `deeplock tiers`")
 
-    demo = command("demo", _demo, "lock a real network that reads digits, try wrong keys, unlock it, and measure")
+    demo = command(
+        "demo", _demo, "lock a real network that reads digits, try wrong keys, unlock it, and measure"
+    )
     demo.add_argument("--quick", action="store_true", help="measure small sizes only")
     return parser
 
@@ -109,7 +126,9 @@ def _size(text: str) -> int:
     number = text.rstrip("BKMGIbkmgi")
     unit = _UNITS.get(text[len(number) :].upper())
     if unit is None or not number.isdecimal() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are sizes such as 65536, 64KiB, 256MiB and 2GiB")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, accepted are sizes such as 65536, 64KiB, 256MiB and 2GiB"
+        )
     return int(number) * unit
 
 
@@ -123,7 +142,14 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     except OSError:
         total = None
     with tqdm(
-        total=total, desc=verb, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None, file=sys.stderr
+        total=total,
+        desc=verb,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=False,
+        disable=None,
+        file=sys.stderr,
     ) as bar:
         yield bar.update
 
@@ -133,7 +159,9 @@ def _keygen(arguments: argparse.Namespace) -> None:
 
     with MasterKey.generate(arguments.bits) as key:
         key.to_file(arguments.keyfile)
-    print(f"{arguments.keyfile}: a new key of {arguments.bits} bits; whoever has it can unlock, without it nobody can")
+    print(
+        f"{arguments.keyfile}: a new key of {arguments.bits} bits; whoever has it can unlock, without it nobody can"
+    )
 
 
 def _lock(arguments: argparse.Namespace) -> None:
@@ -172,16 +200,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
     text = entry(table)
     header = None if text is None else LockHeader.from_json(text)
     nbytes = sum(tensor.nbytes for tensor in table.tensors.values())
-    print(f"{arguments.file}: {len(table.tensors)} tensors, {nbytes:,} bytes, {'not locked' if header is None else 'locked'}")
+    print(
+        f"{arguments.file}: {len(table.tensors)} tensors, {nbytes:,} bytes, "
+        f"{'not locked' if header is None else 'locked'}"
+    )
     if header is not None:
         sbox = header.sbox if isinstance(header.sbox, str) else f"with SHA-256 {header.sbox['sha256']}"
-        print(f"format {header.format}, schedule {header.schedule}, S-Box {sbox}, key of {header.key_bits} bits")
+        print(
+            f"format {header.format}, schedule {header.schedule}, S-Box {sbox}, key of {header.key_bits} bits"
+        )
         if header.schedule == "expansion":
             print("warning: one known block of weights gives away the key of this schedule")
     width = max((len(ascii(name)) for name in table.tensors), default=0)
     for name, tensor in table.tensors.items():
         state = "locked" if header is not None and name in header.tensors else "plain"
-        print(f"  {ascii(name):{width}}  {tensor.dtype:8} {list(tensor.shape)!s:20} {tensor.nbytes:>14,} bytes  {state}")
+        print(
+            f"  {name!a:{width}}  {tensor.dtype:8} {list(tensor.shape)!s:20} {tensor.nbytes:>14,} bytes  {state}"
+        )
 
 
 def _tiers(_arguments: argparse.Namespace) -> None:

@@ -126,7 +126,10 @@ class _Reader:
             raise HeaderError(f"header: got {type(text).__name__}, accepted is JSON text")
         try:
             value = json.loads(
-                text, object_pairs_hook=self._unique, parse_float=self._no_number, parse_constant=self._no_number
+                text,
+                object_pairs_hook=self._unique,
+                parse_float=self._no_number,
+                parse_constant=self._no_number,
             )
         except HeaderError:
             raise
@@ -160,7 +163,9 @@ class _Reader:
             fields = self._fields(entry, where, {"bytes"}, {"start", "same_as", "seal"})
             same_as = fields.get("same_as")
             if same_as is not None and ("start" in fields or "seal" in fields):
-                raise HeaderError(f"{where}: got same_as beside start or seal; those belong to the tensor it names")
+                raise HeaderError(
+                    f"{where}: got same_as beside start or seal; those belong to the tensor it names"
+                )
             if same_as is None and ("start" in fields) != (schedule == "expansion"):
                 raise HeaderError(f"{where}: start belongs to the expansion schedule, and only to it")
             records[name] = TensorRecord(
@@ -172,7 +177,9 @@ class _Reader:
         for name, record in records.items():
             if record.same_as is None:
                 if record.start is not None and record.start + record.nbytes > _LARGEST:
-                    raise HeaderError(f"tensors[{_shown(name)}].start: got {record.start}, its end is past 2^63")
+                    raise HeaderError(
+                        f"tensors[{_shown(name)}].start: got {record.start}, its end is past 2^63"
+                    )
                 continue
             other = records.get(record.same_as) if isinstance(record.same_as, str) else None
             if other is None or other.same_as is not None or other.nbytes != record.nbytes:
@@ -195,7 +202,9 @@ class _Reader:
             raise self._refusal(where, value, f"an object with {', '.join(sorted(required))}")
         missing, unknown = required - value.keys(), value.keys() - required - optional
         if missing:
-            raise HeaderError(f"{where}: {', '.join(sorted(missing))} missing; accepted are headers of {FORMAT}")
+            raise HeaderError(
+                f"{where}: {', '.join(sorted(missing))} missing; accepted are headers of {FORMAT}"
+            )
         if unknown:
             raise HeaderError(
                 f"{where}: got the unknown field {_shown(min(unknown))}, accepted are "

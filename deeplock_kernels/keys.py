@@ -19,17 +19,21 @@ _HEX_DIGITS = frozenset("0123456789abcdef")
 class MasterKey:
     """A key of 128, 192 or 256 bits that does not show itself.
 
-    Its bytes appear in no repr, text, pickle or copy. They are kept in one buffer of their own, which `wipe()` and the end
-    of a `with` block fill with zeros. That is best effort: Python may have copied what was passed in, and derived keys
-    live as long as the objects that use them.
+    Its bytes appear in no repr, text, pickle or copy. They are kept in one buffer of their own, which
+    `wipe()` and the end of a `with` block fill with zeros. That is best effort: Python may have copied what
+    was passed in, and derived keys live as long as the objects that use them.
 
     Use `generate`, `from_bytes`, `from_hex` or `from_file`.
     """
 
     __slots__ = ("__weakref__", "_bytes")
 
+    _bytes: bytearray
+
     def __init__(self) -> None:
-        raise KeyTypeError("MasterKey: made by generate(), from_bytes(), from_hex() or from_file(), not by a call")
+        raise KeyTypeError(
+            "MasterKey: made by generate(), from_bytes(), from_hex() or from_file(), not by a call"
+        )
 
     @classmethod
     def generate(cls, bits: int = 256) -> MasterKey:
@@ -74,7 +78,7 @@ class MasterKey:
             raise KeyTypeError(f"text: got {type(text).__name__}, accepted is a str of hexadecimal digits")
         if len(text) not in (32, 48, 64) or not _HEX_DIGITS.issuperset(text):
             raise KeyFormatError(
-                f"text: got {len(text)} characters, accepted are 32, 48 or 64 lowercase hexadecimal digits and nothing else"
+                f"text: got {len(text)} characters, accepted are 32, 48 or 64 lowercase hexadecimal digits"
             )
         return cls.from_bytes(bytes.fromhex(text))
 
@@ -145,12 +149,16 @@ class MasterKey:
         return f"MasterKey({self.bits} bits)" if self._bytes else "MasterKey(wiped)"
 
     def __eq__(self, other: object) -> bool:
-        return hmac.compare_digest(self._bytes, other._bytes) if isinstance(other, MasterKey) else NotImplemented
+        return (
+            hmac.compare_digest(self._bytes, other._bytes) if isinstance(other, MasterKey) else NotImplemented
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise KeyTypeError("MasterKey: it cannot be pickled or copied; pass the object itself, or a key file's path")
+        raise KeyTypeError(
+            "MasterKey: it cannot be pickled or copied; pass the object itself, or a key file's path"
+        )
 
     def __copy__(self) -> NoReturn:
         raise KeyTypeError("MasterKey: it cannot be copied; pass the object itself")
@@ -172,7 +180,9 @@ def key_bytes(key: object, argument: str = "key") -> bytes:
             raise KeyWipedError(f"{argument}: got a MasterKey that was wiped; make it again from its source")
         return bytes(key._bytes)
     if not isinstance(key, (bytes, bytearray, memoryview)):
-        hint = "; a text of hexadecimal digits goes through MasterKey.from_hex" if isinstance(key, str) else ""
+        hint = (
+            "; a text of hexadecimal digits goes through MasterKey.from_hex" if isinstance(key, str) else ""
+        )
         raise KeyTypeError(f"{argument}: got {type(key).__name__}, accepted are bytes or a MasterKey{hint}")
     data = bytes(key)
     if len(data) not in _LENGTHS:

@@ -113,7 +113,13 @@ def find_sbox(sbox: object, argument: str = "sbox") -> SBox:
 
 
 def _apply(
-    direction: str, data: Any, schedule: Schedule | None, sbox: object, offset: int, out: Any, threads: int | None
+    direction: str,
+    data: Any,
+    schedule: Schedule | None,
+    sbox: object,
+    offset: int,
+    out: Any,
+    threads: int | None,
 ) -> Any:
     source = buffers.memory(data)
     if schedule is not None and not isinstance(schedule, Schedule):
@@ -135,7 +141,10 @@ def _apply(
     if schedule is None:
         function = transform.kernel("substitute")
         calls = [
-            Call(function, (target.address + i, source.address + i, min(piece, source.nbytes - i), transform.box))
+            Call(
+                function,
+                (target.address + i, source.address + i, min(piece, source.nbytes - i), transform.box),
+            )
             for i in range(0, source.nbytes, piece)
         ]
     else:

@@ -78,9 +78,13 @@ def aligned(nbytes: int) -> Any:
     block = np.empty(nbytes + 8192, np.uint8)
     start = -block.ctypes.data % 4096 + 64 * secrets.randbelow(64)
     data = block[start : start + nbytes]
-    data[:] = np.frombuffer(secrets.token_bytes(4096), np.uint8)[np.arange(nbytes) % 4096] if nbytes < 4096 else 0
+    data[:] = (
+        np.frombuffer(secrets.token_bytes(4096), np.uint8)[np.arange(nbytes) % 4096] if nbytes < 4096 else 0
+    )
     if nbytes >= 4096:
-        data[: nbytes // 4096 * 4096].reshape(-1, 4096)[:] = np.frombuffer(secrets.token_bytes(4096), np.uint8)
+        data[: nbytes // 4096 * 4096].reshape(-1, 4096)[:] = np.frombuffer(
+            secrets.token_bytes(4096), np.uint8
+        )
     return data
 
 
@@ -92,7 +96,8 @@ def limits(data: Any, copy: Any, threads: int) -> dict[str, Work]:
     piece = Transform(IDENTITY, "lock").piece(nbytes, threads)
     pieces = [(i, min(piece, nbytes - i)) for i in range(0, nbytes, piece)]
     xors = [Call(xor, (address + i, n, 0x5A)) for i, n in pieces]
-    copies = [Call(ctypes.memmove, (target + i, address + i, n)) for i, n in pieces]
+    memmove: Any = ctypes.memmove
+    copies = [Call(memmove, (target + i, address + i, n)) for i, n in pieces]
     return {LIMIT: lambda: run(xors, threads), "copy (memcpy)": lambda: run(copies, threads)}
 
 
@@ -118,7 +123,9 @@ def locks(data: Any, threads: int) -> dict[str, Work]:
         "unlock, counter 128, aes": lambda: unlock(data, counter_128, out=data, threads=threads),
         "lock, counter 256, aes": lambda: lock(data, counter_256, out=data, threads=threads),
         "lock, counter 128, sm4": lambda: lock(data, counter_128, sbox="sm4", out=data, threads=threads),
-        "lock, counter 128, kuznyechik": lambda: lock(data, counter_128, sbox="kuznyechik", out=data, threads=threads),
+        "lock, counter 128, kuznyechik": lambda: lock(
+            data, counter_128, sbox="kuznyechik", out=data, threads=threads
+        ),
         "unlock, counter 128, kuznyechik": lambda: unlock(
             data, counter_128, sbox="kuznyechik", out=data, threads=threads
         ),
@@ -153,7 +160,9 @@ def environment(threads: int) -> str:
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+            model = next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model
+            )
     except OSError:
         pass
     return (

@@ -1,4 +1,4 @@
-"""Lock and unlock tensors by name: a fresh salt for each lock, a key of its own for each tensor, all of them or none."""
+"""Lock and unlock tensors by name: a fresh salt for each lock, a key for each tensor, all of them or none."""
 
 from __future__ import annotations
 
@@ -135,12 +135,16 @@ def unlock_tensors(
     count = resolve_threads(threads)
     missing = [name for name in header.tensors if name not in tensors]
     if missing:
-        raise TensorNameError(f"tensors: {missing[0]!r} is in the header and not here; {len(missing)} such in all")
+        raise TensorNameError(
+            f"tensors: {missing[0]!r} is in the header and not here; {len(missing)} such in all"
+        )
     storages = _storages(tensors, list(header.tensors))
     for name, (block, same_as) in storages.items():
         record = header.tensors[name]
         if block.nbytes != record.nbytes:
-            raise SizeMismatchError(f"tensors[{name!r}]: got {block.nbytes} bytes, accepted are the header's {record.nbytes}")
+            raise SizeMismatchError(
+                f"tensors[{name!r}]: got {block.nbytes} bytes, accepted are the header's {record.nbytes}"
+            )
         if same_as is not None and _root(header, same_as) != _root(header, name):
             raise OverlapError(
                 f"tensors[{name!r}]: got the memory of {same_as!r}, which was locked as another tensor; give it its own"
@@ -194,7 +198,9 @@ def unlock_tensor(
     """
     lock = NamedLock.from_header(key, header, check=check, sbox=sbox)
     if not isinstance(name, str) or name not in header.tensors:
-        raise TensorNameError(f"name: got {name!r}, which is not one of the header's {len(header.tensors)} tensors")
+        raise TensorNameError(
+            f"name: got {name!r}, which is not one of the header's {len(header.tensors)} tensors"
+        )
     block = buffers.memory(data)
     offset = check_range(offset, block.nbytes)
     if offset + block.nbytes > header.tensors[name].nbytes:
@@ -238,11 +244,15 @@ class NamedLock:
             It is no header, or its S-Box is not at hand.
         """
         if not isinstance(header, LockHeader):
-            raise HeaderError(f"header: got {type(header).__name__}, accepted is a LockHeader; see LockHeader.from_json")
+            raise HeaderError(
+                f"header: got {type(header).__name__}, accepted is a LockHeader; see LockHeader.from_json"
+            )
         secret = key_bytes(key)
         if check:
             if len(secret) * 8 != header.key_bits:
-                raise WrongKeyError(f"key: got {len(secret) * 8} bits, the tensors were locked with {header.key_bits}")
+                raise WrongKeyError(
+                    f"key: got {len(secret) * 8} bits, the tensors were locked with {header.key_bits}"
+                )
             if not hmac.compare_digest(Derivation(secret, header.salt).check(), header.check):
                 raise WrongKeyError("key: it is not the one that locked these tensors; nothing was changed")
         return cls(secret, header.salt, header.schedule, _header_sbox(header, sbox))
@@ -276,7 +286,9 @@ class NamedLock:
             return self._streams[""], header.tensors[root].start or 0
         if root not in self._streams:
             label = header.sbox if isinstance(header.sbox, str) else header.sbox["sha256"]
-            self._streams[root] = CounterSchedule(*self._derivation.tensor_key_iv(self._schedule, label, root))
+            self._streams[root] = CounterSchedule(
+                *self._derivation.tensor_key_iv(self._schedule, label, root)
+            )
         return self._streams[root], 0
 
     def __enter__(self) -> NamedLock:
@@ -309,16 +321,22 @@ def select(names: Iterable[str], only: Selection) -> list[str]:
     else:
         patterns = [only] if isinstance(only, str) else list(only)
         if not all(isinstance(pattern, str) for pattern in patterns):
-            raise ParameterError("only: accepted are a glob pattern, several of them, or a function of the name")
+            raise ParameterError(
+                "only: accepted are a glob pattern, several of them, or a function of the name"
+            )
         chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not chosen:
-        raise TensorNameError(f"only: it chooses none of the {len(names)} tensors; see their names for what to give")
+        raise TensorNameError(
+            f"only: it chooses none of the {len(names)} tensors; see their names for what to give"
+        )
     return chosen
 
 
 def _check_names(tensors: Mapping[str, Any]) -> list[str]:
     if not isinstance(tensors, Mapping):
-        raise BufferTypeError(f"tensors: got {type(tensors).__name__}, accepted is a mapping from names to buffers")
+        raise BufferTypeError(
+            f"tensors: got {type(tensors).__name__}, accepted is a mapping from names to buffers"
+        )
     for name in tensors:
         if not isinstance(name, str):
             raise TensorNameError(f"tensors: got a name of type {type(name).__name__}, accepted are str")
@@ -336,14 +354,18 @@ def _root(header: LockHeader, name: str) -> str:
 
 def _header_sbox(header: LockHeader, sbox: SBox | None) -> SBox:
     if sbox is not None and not isinstance(sbox, SBox):
-        raise SBoxError(f"sbox: got {type(sbox).__name__}, accepted is the SBox that the tensors were locked with, or None")
+        raise SBoxError(
+            f"sbox: got {type(sbox).__name__}, accepted is the SBox that the tensors were locked with, or None"
+        )
     if isinstance(header.sbox, str):
         expected = SBOXES[header.sbox]
         if sbox is not None and sbox != expected:
             raise SBoxError(f"sbox: got another S-Box than the header's, {header.sbox!r}; leave it away")
         return expected
     if sbox is None or sbox.sha256 != header.sbox["sha256"]:
-        raise SBoxError(f"sbox: the tensors were locked with one whose SHA-256 is {header.sbox['sha256']}; give that one")
+        raise SBoxError(
+            f"sbox: the tensors were locked with one whose SHA-256 is {header.sbox['sha256']}; give that one"
+        )
     return sbox
 
 
@@ -370,10 +392,12 @@ def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[
     for address, stop, name in ranges:
         if address < reach:
             same_range = (blocks | others)[holder][:2] == (address, stop - address)
-            if not (same_range and name in blocks and holder in blocks) and (name in blocks or holder in blocks):
+            if not (same_range and name in blocks and holder in blocks) and (
+                name in blocks or holder in blocks
+            ):
                 raise OverlapError(
                     f"tensors[{name!r}]: got memory that it shares with {holder!r} "
-                    f"{'(not chosen by `only`)' if same_range else 'in part'}; accepted are tensors that share all or nothing"
+                    f"{'(not chosen by `only`)' if same_range else 'in part'}; accepted is all or nothing shared"
                 )
         if stop > reach:
             reach, holder = stop, name

@@ -47,7 +47,7 @@ class Transform:
     def piece(self, nbytes: int, threads: int) -> int:
         """Say how many bytes one call should take out of `nbytes` in all: everything where threads do not pay."""
         pace = self._tier.pace
-        if threads == 1 and nbytes <= _LARGEST_PIECE * pace or nbytes <= 2 * _SMALLEST_PIECE * pace:
+        if (threads == 1 and nbytes <= _LARGEST_PIECE * pace) or nbytes <= 2 * _SMALLEST_PIECE * pace:
             return max(nbytes, 1)
         wanted = min(max(nbytes // (8 * threads), _SMALLEST_PIECE * pace), _LARGEST_PIECE * pace)
         return -(-wanted // _PAGE) * _PAGE
@@ -66,7 +66,7 @@ class Transform:
         return Transform(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)
 
     def undo(self, names: dict[int, KernelName]) -> Callable[[Call], Call]:
-        """Give the function that turns a finished in-place call of the opposite transform into the call that reverts it."""
+        """Give the function from a finished in-place call of the opposite transform to the call that reverts it."""
 
         def revert(call: Call) -> Call:
             name = names[id(call.function)]

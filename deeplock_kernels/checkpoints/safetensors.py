@@ -1,7 +1,8 @@
-"""Lock and unlock safetensors files: names, shapes, dtypes and data offsets stay, the lock header goes into the metadata.
+"""Lock and unlock safetensors files: all stays but the data, and the lock header goes into the metadata.
 
-The data streams through in windows: a part of the source is mapped, locked out of place into a buffer and written, so that the
-memory needed does not depend on the size of the file. The destination appears whole or not at all.
+The data streams through in windows: a part of the source is mapped, locked out of place into a buffer and
+written, so that the memory needed does not depend on the size of the file. The destination appears whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def lock_file(
 ) -> LockHeader:
     """Lock the tensors of a safetensors file into a new file.
 
-    The new file is a valid safetensors file that any software loads, and computes nonsense with. Its metadata has one
-    more entry, `deeplock`, the lock header; nothing else changes. It takes `dst`'s place when it is complete and on the disk.
+    The new file is a valid safetensors file that any software loads, and computes nonsense with. Its metadata
+    has one more entry, `deeplock`, the lock header; nothing else changes. It takes `dst`'s place when it is
+    complete and on the disk.
 
     Parameters
     ----------
@@ -196,7 +198,9 @@ def _write(
             while first < len(tensors) and tensors[first].stop <= begin:
                 first += 1
             with _mapped(file, table, begin, end) as source:
-                calls = _window(tensors, first, begin, end, source, buffer.ctypes.data, transform, streams, threads)
+                calls = _window(
+                    tensors, first, begin, end, source, buffer.ctypes.data, transform, streams, threads
+                )
                 if calls:
                     transform.run(calls, threads, in_place=False)
             output.write(buffer[: end - begin].data)
@@ -241,7 +245,9 @@ def _mapped(file: BinaryIO, table: Table, begin: int, end: int) -> Iterator[int]
     with file_errors(table.source, "read"):
         if os.fstat(file.fileno()).st_size < table.data_start + table.data_bytes:
             raise ContainerError(f"{table.source}: it became shorter while it was read; nothing was written")
-        mapped = mmap.mmap(file.fileno(), table.data_start + end - aligned, access=mmap.ACCESS_READ, offset=aligned)
+        mapped = mmap.mmap(
+            file.fileno(), table.data_start + end - aligned, access=mmap.ACCESS_READ, offset=aligned
+        )
     with mapped:
         view = np.frombuffer(mapped, np.uint8)
         try:

@@ -38,31 +38,31 @@ def _show_scores() -> None:
     right, wrong = MasterKey.from_bytes(secret), MasterKey.generate()
 
     with tempfile.TemporaryDirectory(prefix="deeplock-demo-") as folder:
+        original, locked = str(WEIGHTS_FILE), os.path.join(folder, "locked.safetensors")
 
-        def score(path: str) -> str:
-            return f"{accuracy(load_tensors(path), **held_out):8.1%}"
+        def row(label: str, path: str) -> None:
+            print(f"  {label:62}{accuracy(load_tensors(path), **held_out):8.1%}")
 
         def unlocked(key: MasterKey) -> str:
             path = os.path.join(folder, "unlocked.safetensors")
             unlock_file(locked, path, key, check=False)
             return path
 
-        original, locked = str(WEIGHTS_FILE), os.path.join(folder, "locked.safetensors")
         print(f"A network that reads handwritten digits ({os.path.getsize(original):,} bytes of weights),")
         print(f"scored on {len(held_out['labels'])} images that it never saw; guessing scores about 10 %.\n")
-        print(f"  {'weights':58}{'score':>8}")
-        print(f"  {'as trained':58}{score(original)}")
+        print(f"  {'weights':62}{'score':>8}")
+        row("as trained", original)
         begin = time.perf_counter()
         header = lock_file(original, locked, right)
         taken = time.perf_counter() - begin
-        print(f"  {f'locked ({len(header.tensors)} tensors in {taken * 1e3:.0f} ms; the file still loads everywhere)':58}{score(locked)}")
-        print(f"  {'unlocked with another key':58}{score(unlocked(wrong))}")
-        print(f"  {'unlocked with the right key but for one bit':58}{score(unlocked(MasterKey.from_bytes(flipped)))}")
+        row(f"locked ({len(header.tensors)} tensors, {taken * 1e3:.0f} ms; the file still loads everywhere)", locked)
+        row("unlocked with another key", unlocked(wrong))
+        row("unlocked with the right key but for one bit", unlocked(MasterKey.from_bytes(flipped)))
         path = unlocked(right)
         with open(path, "rb") as restored, open(original, "rb") as before:
             same = restored.read() == before.read()
         verdict = "every byte of the file is back" if same else "THE FILE DIFFERS FROM THE ORIGINAL"
-        print(f"  {f'unlocked with the right key ({verdict})':58}{score(path)}")
+        row(f"unlocked with the right key ({verdict})", path)
 
 
 def _show_speeds(quick: bool) -> None:

@@ -22,7 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deeplock_kernels.demo.network import HELD_OUT_FILE, WEIGHT_SHAPES, WEIGHTS_FILE, Activations, accuracy, propagate
+from deeplock_kernels.demo.network import (
+    HELD_OUT_FILE,
+    WEIGHT_SHAPES,
+    WEIGHTS_FILE,
+    Activations,
+    accuracy,
+    propagate,
+)
 
 __all__ = ["Adam", "gradients", "initial_weights", "loss", "main", "split", "train", "warped"]
 

@@ -1,12 +1,12 @@
 """The forms in which a vector tier applies an S-Box: `load(address) -> parameters`, `apply(x, parameters) -> x`.
 
-| form        | parameters in memory                                                     | which S-Boxes                     |
-|-------------|--------------------------------------------------------------------------|-----------------------------------|
-| identity    | none                                                                     | the identity (a bare key stream)  |
-| affine      | inner constant and matrix, outer matrix and constant, 8 bytes each       | aes, sm4, camellia, aria          |
-| aes         | none                                                                     | aes                               |
-| aes_inverse | none                                                                     | the inverse of aes                |
-| table       | the table, 256 bytes                                                     | any                               |
+| form        | parameters in memory                                               | which S-Boxes                    |
+|-------------|--------------------------------------------------------------------|----------------------------------|
+| identity    | none                                                               | the identity (a bare key stream) |
+| affine      | inner constant and matrix, outer matrix and constant, 8 bytes each | aes, sm4, camellia, aria         |
+| aes         | none                                                               | aes                              |
+| aes_inverse | none                                                               | the inverse of aes               |
+| table       | the table, 256 bytes                                               | any                              |
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from deeplock_kernels.simd.vectors import load, load_quad, select_negative, u8x6
 
 
 @inlined
-def _load_nothing(address):  # type: ignore[no-untyped-def]
+def _load_nothing(address):
     return 0
 
 
 @inlined
-def _apply_identity(x, box):  # type: ignore[no-untyped-def]
+def _apply_identity(x, box):
     return x
 
 
 @inlined
-def _apply_aes(x, box):  # type: ignore[no-untyped-def]
+def _apply_aes(x, box):
     return x86.aes_substitute(x)
 
 
 @inlined
-def _apply_aes_inverse(x, box):  # type: ignore[no-untyped-def]
+def _apply_aes_inverse(x, box):
     return x86.aes_substitute_inverse(x)
 
 
@@ -48,7 +48,7 @@ def galois(width: int) -> tuple[Any, Any]:
     affine, affine_inverse = x86.galois_affine(width)
 
     @inlined
-    def load_affine(address):  # type: ignore[no-untyped-def]
+    def load_affine(address):
         return (
             load_quad(u8x64, address),
             load_quad(u8x64, address + 8),
@@ -57,19 +57,24 @@ def galois(width: int) -> tuple[Any, Any]:
         )
 
     @inlined
-    def apply_affine(x, box):  # type: ignore[no-untyped-def]
+    def apply_affine(x, box):
         return affine_inverse(affine(x ^ box[0], box[1]), box[2]) ^ box[3]
 
     return load_affine, apply_affine
 
 
 @inlined
-def _load_quarters(address):  # type: ignore[no-untyped-def]
-    return load(u8x64, address), load(u8x64, address + 64), load(u8x64, address + 128), load(u8x64, address + 192)
+def _load_quarters(address):
+    return (
+        load(u8x64, address),
+        load(u8x64, address + 64),
+        load(u8x64, address + 128),
+        load(u8x64, address + 192),
+    )
 
 
 @inlined
-def _apply_quarters(x, box):  # type: ignore[no-untyped-def]
+def _apply_quarters(x, box):
     """Look up in both halves of the table by 7 bits, then choose by the top bit."""
     low = x86.permute_two(x, box[0], box[1])
     high = x86.permute_two(x, box[2], box[3])
@@ -80,12 +85,12 @@ TABLE_BY_PERMUTE = (_load_quarters, _apply_quarters)
 
 
 @inlined
-def _load_address(address):  # type: ignore[no-untyped-def]
+def _load_address(address):
     return address
 
 
 @inlined
-def _apply_rows(x, address):  # type: ignore[no-untyped-def]
+def _apply_rows(x, address):
     return x86.lookup_rows(x, address)
 
 

@@ -48,7 +48,7 @@ fourth_word_rotated = make_shuffle([13, 14, 15, 12] * 4)
 
 
 @inlined
-def running_xor(x):  # type: ignore[no-untyped-def]
+def running_xor(x):
     """Make word i of each block the XOR of its words 0 to i."""
     x = x ^ up_one_word(x)
     return x ^ up_two_words(x)
@@ -56,23 +56,23 @@ def running_xor(x):  # type: ignore[no-untyped-def]
 
 def _chain_128(last_round: Any) -> Chain:
     @inlined
-    def load_one(states):  # type: ignore[no-untyped-def]
+    def load_one(states):
         return (load(u8x16, states),)
 
     @inlined
-    def load_four(states):  # type: ignore[no-untyped-def]
+    def load_four(states):
         return (load(u8x64, states),)
 
     @inlined
-    def store_one(states, state):  # type: ignore[no-untyped-def]
+    def store_one(states, state):
         store(states, state[0])
 
     @inlined
-    def advance(x, rcon):  # type: ignore[no-untyped-def]
+    def advance(x, rcon):
         return running_xor(x) ^ last_round(fourth_word_rotated(x), load_word(x, rcon))
 
     @inlined
-    def step(state, rcon):  # type: ignore[no-untyped-def]
+    def step(state, rcon):
         a = advance(state[0], rcon)
         b = advance(a, rcon + 4)
         c = advance(b, rcon + 8)
@@ -84,11 +84,11 @@ def _chain_128(last_round: Any) -> Chain:
 
 def _chain_192(last_round: Any) -> Chain:
     @inlined
-    def load_one(states):  # type: ignore[no-untyped-def]
+    def load_one(states):
         return load(u8x16, states), high_half_down(load(u8x16, states + 8))
 
     @inlined
-    def load_four(states):  # type: ignore[no-untyped-def]
+    def load_four(states):
         a, b = load_one(states)
         c, d = load_one(states + 24)
         e, f = load_one(states + 48)
@@ -96,24 +96,24 @@ def _chain_192(last_round: Any) -> Chain:
         return concatenate((a, c, e, g)), concatenate((b, d, f, h))
 
     @inlined
-    def store_one(states, state):  # type: ignore[no-untyped-def]
+    def store_one(states, state):
         store(states, state[0])
         store_half(states + 16, state[1])
 
     @inlined
-    def advance(a, b, rcon):  # type: ignore[no-untyped-def]
+    def advance(a, b, rcon):
         """Run a round on words 0 to 3 in a and 4, 5 in the low half of b, whose high half stays zero."""
         a = running_xor(a) ^ last_round(second_word_rotated(b), load_word(a, rcon))
         return a, low_half(b ^ up_one_word(b) ^ fourth_word(a))
 
     @inlined
-    def advance_twice(a, b, rcon):  # type: ignore[no-untyped-def]
+    def advance_twice(a, b, rcon):
         c, d = advance(a, b, rcon)
         e, f = advance(c, d, rcon + 4)
         return e, f, c, d ^ up_two_words(e), high_half_down(e) ^ up_two_words(f)
 
     @inlined
-    def step(state, rcon):  # type: ignore[no-untyped-def]
+    def step(state, rcon):
         a, b, r0, r1, r2 = advance_twice(state[0], state[1], rcon)
         a, b, r3, r4, r5 = advance_twice(a, b, rcon + 8)
         a, b, r6, r7, r8 = advance_twice(a, b, rcon + 16)
@@ -125,11 +125,11 @@ def _chain_192(last_round: Any) -> Chain:
 
 def _chain_256(last_round: Any) -> Chain:
     @inlined
-    def load_one(states):  # type: ignore[no-untyped-def]
+    def load_one(states):
         return load(u8x16, states), load(u8x16, states + 16)
 
     @inlined
-    def load_four(states):  # type: ignore[no-untyped-def]
+    def load_four(states):
         a, b = load_one(states)
         c, d = load_one(states + 32)
         e, f = load_one(states + 64)
@@ -137,17 +137,17 @@ def _chain_256(last_round: Any) -> Chain:
         return concatenate((a, c, e, g)), concatenate((b, d, f, h))
 
     @inlined
-    def store_one(states, state):  # type: ignore[no-untyped-def]
+    def store_one(states, state):
         store(states, state[0])
         store(states + 16, state[1])
 
     @inlined
-    def advance(a, b, rcon):  # type: ignore[no-untyped-def]
+    def advance(a, b, rcon):
         a = running_xor(a) ^ last_round(fourth_word_rotated(b), load_word(a, rcon))
         return a, running_xor(b) ^ last_round(fourth_word(a), zero_like(a))
 
     @inlined
-    def step(state, rcon):  # type: ignore[no-untyped-def]
+    def step(state, rcon):
         a, b = advance(state[0], state[1], rcon)
         c, d = advance(a, b, rcon + 4)
         return (c, d), ((a, b, c, d),)

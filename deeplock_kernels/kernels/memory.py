@@ -32,8 +32,8 @@ def write_quad(address: int, value: int) -> None:
 
 def _reader(bits: int) -> Any:
     @intrinsic
-    def read(typingctx, address):  # type: ignore[no-untyped-def]
-        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def read(typingctx, address):
+        def generate(_context, builder, _signature, values):
             place = builder.inttoptr(values[0], ir.IntType(bits).as_pointer())
             return builder.zext(builder.load(place, align=1), ir.IntType(64))
 
@@ -44,8 +44,8 @@ def _reader(bits: int) -> Any:
 
 def _writer(bits: int) -> Any:
     @intrinsic
-    def write(typingctx, address, value):  # type: ignore[no-untyped-def]
-        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def write(typingctx, address, value):
+        def generate(_context, builder, _signature, values):
             place = builder.inttoptr(values[0], ir.IntType(bits).as_pointer())
             builder.store(builder.trunc(values[1], ir.IntType(bits)), place, align=1)
 
@@ -58,20 +58,20 @@ _read_byte, _read_quad, _write_byte, _write_quad = _reader(8), _reader(64), _wri
 
 
 @overload(read_byte)
-def _read_byte_overload(address):  # type: ignore[no-untyped-def]
+def _read_byte_overload(address):
     return lambda address: _read_byte(address)
 
 
 @overload(read_quad)
-def _read_quad_overload(address):  # type: ignore[no-untyped-def]
+def _read_quad_overload(address):
     return lambda address: _read_quad(address)
 
 
 @overload(write_byte)
-def _write_byte_overload(address, value):  # type: ignore[no-untyped-def]
+def _write_byte_overload(address, value):
     return lambda address, value: _write_byte(address, value)
 
 
 @overload(write_quad)
-def _write_quad_overload(address, value):  # type: ignore[no-untyped-def]
+def _write_quad_overload(address, value):
     return lambda address, value: _write_quad(address, value)

@@ -35,7 +35,7 @@ SUBSTITUTED, ROUND_0, ROUND_1, ROUND_2, ROUND_3 = _round_tables()
 
 
 @inlined
-def load_word(address):  # type: ignore[no-untyped-def]
+def load_word(address):
     """Read a word, most significant byte first."""
     return (
         (read_byte(address) << 24)
@@ -46,7 +46,7 @@ def load_word(address):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def substitute_word(w):  # type: ignore[no-untyped-def]
+def substitute_word(w):
     """FIPS 197 SubWord."""
     return (
         (SUBSTITUTED[(w >> 24) & 255] << 24)
@@ -57,19 +57,19 @@ def substitute_word(w):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def rotate_word(w):  # type: ignore[no-untyped-def]
+def rotate_word(w):
     """FIPS 197 RotWord."""
     return ((w << 8) | (w >> 24)) & 0xFFFFFFFF
 
 
 @inlined
-def round_word(a, b, c, d):  # type: ignore[no-untyped-def]
+def round_word(a, b, c, d):
     """SubBytes, ShiftRows and MixColumns for one column, which takes a byte from each of four words."""
     return ROUND_0[(a >> 24) & 255] ^ ROUND_1[(b >> 16) & 255] ^ ROUND_2[(c >> 8) & 255] ^ ROUND_3[d & 255]
 
 
 @inlined
-def last_word(a, b, c, d):  # type: ignore[no-untyped-def]
+def last_word(a, b, c, d):
     """SubBytes and ShiftRows for one column."""
     return (
         (SUBSTITUTED[(a >> 24) & 255] << 24)
@@ -80,7 +80,7 @@ def last_word(a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def encrypt(a, b, c, d, cipher, rounds):  # type: ignore[no-untyped-def]
+def encrypt(a, b, c, d, cipher, rounds):
     """Encrypt one block given as four words, with the round keys in `cipher`."""
     a ^= load_word(cipher)
     b ^= load_word(cipher + 4)
@@ -102,7 +102,7 @@ def encrypt(a, b, c, d, cipher, rounds):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def advance_128(w, rcon):  # type: ignore[no-untyped-def]
+def advance_128(w, rcon):
     """Run one round of the expansion on a tuple of words (FIPS 197 section 5.2)."""
     a = w[0] ^ substitute_word(rotate_word(w[3])) ^ (rcon << 24)
     b = w[1] ^ a
@@ -111,7 +111,7 @@ def advance_128(w, rcon):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def advance_192(w, rcon):  # type: ignore[no-untyped-def]
+def advance_192(w, rcon):
     """Run one round of the expansion for a key of 6 words."""
     a = w[0] ^ substitute_word(rotate_word(w[5])) ^ (rcon << 24)
     b = w[1] ^ a
@@ -122,7 +122,7 @@ def advance_192(w, rcon):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def advance_256(w, rcon):  # type: ignore[no-untyped-def]
+def advance_256(w, rcon):
     """Run one round of the expansion for a key of 8 words, with its second SubWord."""
     a = w[0] ^ substitute_word(rotate_word(w[7])) ^ (rcon << 24)
     b = w[1] ^ a
@@ -135,27 +135,31 @@ def advance_256(w, rcon):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def load_state_128(states):  # type: ignore[no-untyped-def]
+def load_state_128(states):
     """Read a chain's state of 4 words."""
     return load_word(states), load_word(states + 4), load_word(states + 8), load_word(states + 12)
 
 
 @inlined
-def load_state_192(states):  # type: ignore[no-untyped-def]
+def load_state_192(states):
     """Read a chain's state of 6 words."""
     a, b, c, d = load_state_128(states)
     return a, b, c, d, load_word(states + 16), load_word(states + 20)
 
 
 @inlined
-def load_state_256(states):  # type: ignore[no-untyped-def]
+def load_state_256(states):
     """Read a chain's state of 8 words."""
     a, b, c, d = load_state_128(states)
     e, f, g, h = load_state_128(states + 16)
     return a, b, c, d, e, f, g, h
 
 
-CHAINS = {128: (load_state_128, advance_128), 192: (load_state_192, advance_192), 256: (load_state_256, advance_256)}
+CHAINS = {
+    128: (load_state_128, advance_128),
+    192: (load_state_192, advance_192),
+    256: (load_state_256, advance_256),
+}
 
 
 def build(_tier: Any, name: KernelName) -> Any:
@@ -167,29 +171,31 @@ def _change(name: KernelName) -> Any:
     """Make the function that locks or unlocks one byte with one byte of key stream."""
 
     @inlined
-    def lock(value, key, box):  # type: ignore[no-untyped-def]
+    def lock(value, key, box):
         return read_byte(box + (value ^ key))
 
     @inlined
-    def unlock(value, key, box):  # type: ignore[no-untyped-def]
+    def unlock(value, key, box):
         return read_byte(box + value) ^ key
 
     @inlined
-    def mask(value, key, box):  # type: ignore[no-untyped-def]
+    def mask(value, key, box):
         return value ^ key
 
     return mask if name.form == "identity" else {"lock": lock, "unlock": unlock}[name.direction]
 
 
 def _put(name: KernelName) -> Any:
-    """Make the function that locks or unlocks those bytes of a word of key stream that lie in 0 <= position < nbytes."""
+    """Make the function that changes the bytes under a word of key stream, where 0 <= position < nbytes."""
     change = _change(name)
 
     @inlined
-    def put(target, source, position, nbytes, word, box):  # type: ignore[no-untyped-def]
+    def put(target, source, position, nbytes, word, box):
         for shift in (24, 16, 8, 0):
             if 0 <= position < nbytes:
-                write_byte(target + position, change(read_byte(source + position), (word >> shift) & 255, box))
+                write_byte(
+                    target + position, change(read_byte(source + position), (word >> shift) & 255, box)
+                )
             position += 1
 
     return put
@@ -200,7 +206,7 @@ def _counter(name: KernelName) -> Any:
     rounds = name.bits // 32 + 6
     start = 16 * (rounds + 1)
 
-    def counter(target, source, nbytes, offset, cipher, box):  # type: ignore[no-untyped-def]
+    def counter(target, source, nbytes, offset, cipher, box):
         block, position = offset >> 4, -(offset & 15)
         while position < nbytes:
             d = load_word(cipher + start + 12) + (block & 0xFFFFFFFF)
@@ -225,7 +231,7 @@ def _expansion(name: KernelName) -> Any:
     load_state, advance = CHAINS[name.bits]
     round_bytes = name.bits // 8
 
-    def expansion(target, source, nbytes, offset, states, rcon, box):  # type: ignore[no-untyped-def]
+    def expansion(target, source, nbytes, offset, states, rcon, box):
         words = load_state(states)
         position, doubling = -offset, 0
         while position < nbytes:
@@ -243,9 +249,11 @@ def _expansion_indexed(name: KernelName) -> Any:
     expansion = inlined(_expansion(name))
     segment, state_bytes = segment_bytes(name.bits), name.bits // 8
 
-    def expansion_indexed(target, source, groups, states, rcon, box):  # type: ignore[no-untyped-def]
+    def expansion_indexed(target, source, groups, states, rcon, box):
         for i in range(groups * SEGMENTS_PER_GROUP):
-            expansion(target + i * segment, source + i * segment, segment, 0, states + i * state_bytes, rcon, box)
+            expansion(
+                target + i * segment, source + i * segment, segment, 0, states + i * state_bytes, rcon, box
+            )
 
     return expansion_indexed
 
@@ -254,7 +262,7 @@ def _expansion_chain(name: KernelName) -> Any:
     load_state, advance = CHAINS[name.bits]
     state_bytes = name.bits // 8
 
-    def expansion_chain(states, segments, rcon):  # type: ignore[no-untyped-def]
+    def expansion_chain(states, segments, rcon):
         words = load_state(states)
         for _ in range(segments):
             for i in range(SEGMENT_ROUNDS):
@@ -270,7 +278,7 @@ def _expansion_chain(name: KernelName) -> Any:
 def _substitute(name: KernelName) -> Any:
     identity = name.form == "identity"
 
-    def substitute(target, source, nbytes, box):  # type: ignore[no-untyped-def]
+    def substitute(target, source, nbytes, box):
         for i in range(nbytes):
             value = read_byte(source + i)
             write_byte(target + i, value if identity else read_byte(box + value))
@@ -279,7 +287,7 @@ def _substitute(name: KernelName) -> Any:
 
 
 def _xor(_name: KernelName) -> Any:
-    def xor(target, nbytes, value):  # type: ignore[no-untyped-def]
+    def xor(target, nbytes, value):
         key = value * 0x0101010101010101
         for i in range(0, nbytes - 7, 8):
             write_quad(target + i, read_quad(target + i) ^ key)

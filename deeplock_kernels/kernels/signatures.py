@@ -11,18 +11,26 @@ All arguments are 64-bit signed integers: addresses, byte counts and positions.
 | substitute        | target, source, nbytes, box                                                                |
 | xor               | target, nbytes, value                                                                      |
 
-`target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream. `cipher` points
-to the AES round keys in order, then the 16 bytes of the counter's start. `states` points to saved states of the chain:
-`expansion` starts from the first one, at the segment start that its `offset` counts from; `expansion_chain` starts there too
-and writes the next `segments` states after it; `expansion_indexed` reads four a group and works on whole segments. `rcon`
-points to `RCON_WORDS`. `box` points to the parameters of the S-Box in the kernel's form.
+`target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream.
+`cipher` points to the AES round keys in order, then the 16 bytes of the counter's start. `states` points to
+saved states of the chain: `expansion` starts from the first one, at the segment start that its `offset`
+counts from; `expansion_chain` starts there too and writes the next `segments` states after it;
+`expansion_indexed` reads four a group and works on whole segments. `rcon` points to `RCON_WORDS`. `box`
+points to the parameters of the S-Box in the kernel's form.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-ARITY = {"counter": 6, "expansion": 7, "expansion_chain": 3, "expansion_indexed": 6, "substitute": 4, "xor": 3}
+ARITY = {
+    "counter": 6,
+    "expansion": 7,
+    "expansion_chain": 3,
+    "expansion_indexed": 6,
+    "substitute": 4,
+    "xor": 3,
+}
 
 SEGMENT_ROUNDS = 4080  # a multiple of 51, Rcon's period, so that every segment starts with the same Rcon
 SEGMENTS_PER_GROUP = 4

@@ -44,7 +44,7 @@ def build(tier: Any, name: KernelName) -> Any:
 
 
 @inlined
-def next_doubling(doubling, rounds):  # type: ignore[no-untyped-def]
+def next_doubling(doubling, rounds):
     """Move on in Rcon's period."""
     doubling += rounds
     return doubling - RCON_PERIOD if doubling >= RCON_PERIOD else doubling
@@ -55,12 +55,12 @@ def _put(tier: Any, name: KernelName) -> Any:
     _, apply = tier.FORMS[name.form]
 
     @inlined
-    def lock(target, source, stream, box):  # type: ignore[no-untyped-def]
+    def lock(target, source, stream, box):
         prefetch(source + AHEAD)
         store(target, apply(load(u8x64, source) ^ stream, box))
 
     @inlined
-    def unlock(target, source, stream, box):  # type: ignore[no-untyped-def]
+    def unlock(target, source, stream, box):
         prefetch(source + AHEAD)
         store(target, apply(load(u8x64, source), box) ^ stream)
 
@@ -74,7 +74,7 @@ def _counter(tier: Any, name: KernelName) -> Any:
     load_keys = make_load_blocks(round_keys)
     scratch = make_scratch(256)
 
-    def counter(target, source, nbytes, offset, cipher, box_address):  # type: ignore[no-untyped-def]
+    def counter(target, source, nbytes, offset, cipher, box_address):
         keys = load_keys(cipher)
         box = load_box(box_address)
         start = cipher + 16 * round_keys
@@ -111,7 +111,7 @@ def _expansion(tier: Any, name: KernelName) -> Any:
     step_bytes = 64 * quarters
     scratch = make_scratch(step_bytes)
 
-    def expansion(target, source, nbytes, offset, states, rcon, box_address):  # type: ignore[no-untyped-def]
+    def expansion(target, source, nbytes, offset, states, rcon, box_address):
         box = load_box(box_address)
         state = load_state(states)
         part = scratch()
@@ -147,7 +147,7 @@ def _expansion_chain(tier: Any, name: KernelName) -> Any:
     state_bytes = name.bits // 8
     steps = SEGMENT_ROUNDS // rounds
 
-    def expansion_chain(states, segments, rcon):  # type: ignore[no-untyped-def]
+    def expansion_chain(states, segments, rcon):
         state = load_state(states)
         for _ in range(segments):
             doubling = 0
@@ -171,14 +171,14 @@ def _expansion_indexed(tier: Any, name: KernelName) -> Any:
     segment = segment_bytes(name.bits)
 
     @inlined
-    def put_four(target, source, rows, box):  # type: ignore[no-untyped-def]
+    def put_four(target, source, rows, box):
         streams = transpose(rows)
         put(target, source, streams[0], box)
         put(target + segment, source + segment, streams[1], box)
         put(target + 2 * segment, source + 2 * segment, streams[2], box)
         put(target + 3 * segment, source + 3 * segment, streams[3], box)
 
-    def expansion_indexed(target, source, groups, states, rcon, box_address):  # type: ignore[no-untyped-def]
+    def expansion_indexed(target, source, groups, states, rcon, box_address):
         box = load_box(box_address)
         for _ in range(groups):
             state = load_states(states)
@@ -203,7 +203,7 @@ def _substitute(tier: Any, name: KernelName) -> Any:
     load_box, apply = tier.FORMS[name.form]
     scratch = make_scratch(64)
 
-    def substitute(target, source, nbytes, box_address):  # type: ignore[no-untyped-def]
+    def substitute(target, source, nbytes, box_address):
         box = load_box(box_address)
         part = scratch()
         while nbytes > 0:
@@ -226,7 +226,7 @@ def _substitute(tier: Any, name: KernelName) -> Any:
 def _xor(_tier: Any, _name: KernelName) -> Any:
     """Make the measure of what memory allows: XOR a buffer in place with one byte, whole steps of 64 bytes only."""
 
-    def xor(target, nbytes, value):  # type: ignore[no-untyped-def]
+    def xor(target, nbytes, value):
         key = splat(u8x64, value)
         for i in range(0, nbytes - 63, 64):
             prefetch(target + i + AHEAD)

@@ -1,9 +1,10 @@
 """The package's own cache of compiled kernels on disk.
 
-An entry is an object file that names no processor but its tier's features. Entries lie in a directory named by a stamp of all
-package sources and the versions of Numba and llvmlite, so that no change of any of them can meet old code. Whoever
-can write the cache can run code in the process that holds the keys: a directory that is not this user's (or root's), or
-that others can write, is not used. Whatever is wrong with the cache means no cache, never an exception.
+An entry is an object file that names no processor but its tier's features. Entries lie in a directory named
+by a stamp of all package sources and the versions of Numba and llvmlite, so that no change of any of them can
+meet old code. Whoever can write the cache can run code in the process that holds the keys: a directory that
+is not this user's (or root's), or that others can write, is not used. Whatever is wrong with the cache means
+no cache, never an exception.
 
 `DEEPLOCK_CACHE=0` turns it off, `DEEPLOCK_CACHE_DIR` moves it from `$XDG_CACHE_HOME/deeplock_kernels`.
 """

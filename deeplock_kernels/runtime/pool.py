@@ -136,7 +136,9 @@ def run(calls: Sequence[Call], threads: int, undo: Callable[[Call], Call] | None
     while undo is not None and job.finished:
         try:
             call = undo(job.finished[-1][0])
-            job.finished[-1:] = filter(None, starmap(call.function, (call.arguments,)))  # one step again: drops the last
+            job.finished[-1:] = filter(
+                None, starmap(call.function, (call.arguments,))
+            )  # one step again: drops the last
         except KeyboardInterrupt:
             continue
     raise job.error
@@ -152,7 +154,9 @@ def available_threads() -> int:
 
 def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ParameterError(f"{name}: got {value!r}, accepted is a whole number of at least 1 (or None for all)")
+        raise ParameterError(
+            f"{name}: got {value!r}, accepted is a whole number of at least 1 (or None for all)"
+        )
     return value
 
 

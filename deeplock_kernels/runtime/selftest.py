@@ -103,8 +103,9 @@ def _check_expansion_indexed(name: KernelName, function: Callable[..., None]) ->
     data = ctypes.create_string_buffer(segment * SEGMENTS_PER_GROUP + 1)
     address = ctypes.addressof(data)
     function(address, address, 1, _address(states), _address(RCON_WORDS), _address(box))
-    return data.raw[-1] == 0 and all(
-        data[i * segment : i * segment + _SAMPLE]
+    found = data.raw
+    return found.endswith(b"\0") and all(
+        found[i * segment : i * segment + _SAMPLE]
         == _expected(name, table, bytes(_SAMPLE), reference.expansion_keystream(key, _SAMPLE))
         for i, key in enumerate(keys)
     )

@@ -59,7 +59,9 @@ class Tier:
         return active_tier() is self
 
 
-def _tier(name: str, description: str, requires: str, forms: str, pace: int, *, constant_time: bool = True) -> Tier:
+def _tier(
+    name: str, description: str, requires: str, forms: str, pace: int, *, constant_time: bool = True
+) -> Tier:
     return Tier(name, description, frozenset(requires.split()), constant_time, tuple(forms.split()), pace)
 
 
@@ -215,13 +217,17 @@ def _load(tier: Tier, name: KernelName) -> Callable[..., None]:
             code, _assembly = house.emit(house.compile_module(function, name.arity), tier.requires)
             linked = _from_object(code, name.arity)
         except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):
-            compiled = house.compile_function(function, name.arity)  # Numba's own way, without an object to keep
+            compiled = house.compile_function(
+                function, name.arity
+            )  # Numba's own way, without an object to keep
             if not hasattr(compiled, "address"):
                 return compiled  # type: ignore[no-any-return]
             _kept.append(compiled)
             return _as_function(compiled.address, name.arity)
     except Exception as error:
-        raise KernelError(f"kernel {entry}: it could not be compiled ({type(error).__name__}: {error})") from error
+        raise KernelError(
+            f"kernel {entry}: it could not be compiled ({type(error).__name__}: {error})"
+        ) from error
     codecache.save(entry, code)
     return linked
 
@@ -229,7 +235,10 @@ def _load(tier: Tier, name: KernelName) -> Callable[..., None]:
 def build(tier: Tier, name: KernelName) -> Any:
     """Give the Python source function of a kernel; this imports Numba."""
     primitives = importlib.import_module(f"deeplock_kernels.kernels.{tier.name}")
-    builder = getattr(primitives, "build", None) or importlib.import_module("deeplock_kernels.kernels.vectorized").build
+    builder = (
+        getattr(primitives, "build", None)
+        or importlib.import_module("deeplock_kernels.kernels.vectorized").build
+    )
     return builder(primitives, name)
 
 

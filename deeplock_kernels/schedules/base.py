@@ -20,8 +20,9 @@ MAX_OFFSET = 2**63
 class Schedule(ABC):
     """A key stream: byte i is a function of the key and of i.
 
-    It holds key material: it shows none in its repr and cannot be pickled or copied. `wipe()`, or the end of a `with` block,
-    fills its memory with zeros (best effort) and ends its use. One object may be used by many threads at once.
+    It holds key material: it shows none in its repr and cannot be pickled or copied. `wipe()`, or the end of
+    a `with` block, fills its memory with zeros (best effort) and ends its use. One object may be used by many
+    threads at once.
     """
 
     name: ClassVar[str]
@@ -32,7 +33,9 @@ class Schedule(ABC):
         self._wiped = False
 
     @abstractmethod
-    def calls(self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int) -> list[Call]:
+    def calls(
+        self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int
+    ) -> list[Call]:
         """Plan the kernel calls that transform `nbytes` at `source` into `target`, in pieces of about `piece` bytes.
 
         The first byte takes the key byte at position `offset`. The ranges are the same or separate.
@@ -71,7 +74,9 @@ class Schedule(ABC):
             threads = resolve_threads(None)
             transform, address = Transform(IDENTITY, "lock"), stream.ctypes.data
             piece = transform.piece(nbytes, threads)
-            transform.run(self.calls(transform, address, address, nbytes, offset, piece), threads, in_place=False)
+            transform.run(
+                self.calls(transform, address, address, nbytes, offset, piece), threads, in_place=False
+            )
         return stream
 
     def ready(self) -> None:
@@ -97,7 +102,9 @@ class Schedule(ABC):
         return f"{type(self).__name__}({self.bits} bits)"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise KeyTypeError(f"{type(self).__name__}: it cannot be pickled or copied; make it again from its key")
+        raise KeyTypeError(
+            f"{type(self).__name__}: it cannot be pickled or copied; make it again from its key"
+        )
 
 
 def check_integer(value: object, argument: str) -> int:
@@ -109,7 +116,9 @@ def check_integer(value: object, argument: str) -> int:
         It is something else.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ParameterError(f"{argument}: got {type(value).__name__}, accepted is a whole number of at least 0")
+        raise ParameterError(
+            f"{argument}: got {type(value).__name__}, accepted is a whole number of at least 0"
+        )
     number = value.__index__()
     if number < 0:
         raise ParameterError(f"{argument}: got {number}, accepted is a whole number of at least 0")
@@ -126,5 +135,7 @@ def check_range(offset: object, nbytes: int) -> int:
     """
     position = check_integer(offset, "offset")
     if position + nbytes > MAX_OFFSET:
-        raise ParameterError(f"offset: got {position} for {nbytes} bytes, accepted are ranges that end at 2^63 or before")
+        raise ParameterError(
+            f"offset: got {position} for {nbytes} bytes, accepted are ranges that end at 2^63 or before"
+        )
     return position

@@ -34,7 +34,9 @@ class CounterSchedule(Schedule):
 
     name = "counter"
 
-    def __init__(self, key: bytes | bytearray | memoryview | MasterKey, iv: bytes | bytearray | memoryview) -> None:
+    def __init__(
+        self, key: bytes | bytearray | memoryview | MasterKey, iv: bytes | bytearray | memoryview
+    ) -> None:
         secret = key_bytes(key)
         if not isinstance(iv, (bytes, bytearray, memoryview)):
             raise KeyTypeError(f"iv: got {type(iv).__name__}, accepted are 16 bytes")
@@ -49,7 +51,9 @@ class CounterSchedule(Schedule):
     def _secrets(self) -> list[ctypes.Array[ctypes.c_char]]:
         return [self._cipher]
 
-    def calls(self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int) -> list[Call]:
+    def calls(
+        self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int
+    ) -> list[Call]:
         """Plan the kernel calls; see `Schedule.calls`."""
         self.ready()
         function = transform.kernel("counter", self.bits)

@@ -49,7 +49,9 @@ def expand_key(key: bytes | bytearray | memoryview | MasterKey, words: int) -> n
     secret = key_bytes(key)
     count = check_integer(words, "words")
     if 4 * count > 2**40:
-        raise ParameterError(f"words: got {count}, accepted are up to 2^38; use ExpansionSchedule for ranges further on")
+        raise ParameterError(
+            f"words: got {count}, accepted are up to 2^38; use ExpansionSchedule for ranges further on"
+        )
     stream = b""
     if 4 * count > len(secret):
         with ExpansionSchedule(secret) as schedule:
@@ -58,7 +60,7 @@ def expand_key(key: bytes | bytearray | memoryview | MasterKey, words: int) -> n
 
 
 def round_key_bytes(key: bytes) -> bytes:
-    """Give AES's round keys one after the other; for a few words plain Python is faster than a kernel call's setting up."""
+    """Give AES's round keys in a row; for so few words plain Python is faster than setting up a kernel call."""
     length = len(key) // 4
     words = [int.from_bytes(key[i : i + 4], "big") for i in range(0, len(key), 4)]
     table, rcon = AES.table, 1
@@ -73,7 +75,12 @@ def round_key_bytes(key: bytes) -> bytes:
             )
             rcon = (rcon << 1) ^ (0x11B if rcon & 0x80 else 0)
         elif length == 8 and i % 8 == 4:
-            w = table[w >> 24] << 24 | table[(w >> 16) & 255] << 16 | table[(w >> 8) & 255] << 8 | table[w & 255]
+            w = (
+                table[w >> 24] << 24
+                | table[(w >> 16) & 255] << 16
+                | table[(w >> 8) & 255] << 8
+                | table[w & 255]
+            )
         words.append(words[i - length] ^ w)
     return b"".join(w.to_bytes(4, "big") for w in words)
 
@@ -81,10 +88,10 @@ def round_key_bytes(key: bytes) -> bytes:
 class ExpansionSchedule(Schedule):
     """Key bytes are the words w[Nk], w[Nk+1], ... of the endless key expansion, for a key of Nk words.
 
-    **It does not hold under known plaintext**: the expansion is a public bijection of its own state, so one known block (16
-    bytes for a 128-bit key, 24 for 192, 32 for 256) at a known position gives back the key. Zero biases and normalization
-    weights of exactly 1.0 are known plaintext in almost every model. Use it to reproduce or study the paper; protect
-    real models with CounterSchedule.
+    **It does not hold under known plaintext**: the expansion is a public bijection of its own state, so one
+    known block (16 bytes for a 128-bit key, 24 for 192, 32 for 256) at a known position gives back the key.
+    Zero biases and normalization weights of exactly 1.0 are known plaintext in almost every model. Use it to
+    reproduce or study the paper; protect real models with CounterSchedule.
 
     The expansion is sequential. The schedule saves its state every 4,080 rounds (63.75 KiB of key stream for a 128-bit
     key, 16 bytes each), so the chain up to the furthest offset is paid for once, whichever threads ask, and Ctrl-C can
@@ -119,8 +126,9 @@ class ExpansionSchedule(Schedule):
         return self._blocks
 
     def _allocate(self, segment: int) -> None:
-        # Blocks never move once made: kernels may be reading them. A block has a state more than it has segments, since
-        # the state behind its last segment is written by the same run; that one is copied to the start of the next block.
+        # Blocks never move once made: kernels may be reading them. A block has a state more than it has
+        # segments, since the state behind its last segment is written by the same run; that one is copied to
+        # the start of the next block.
         while len(self._blocks) <= segment // _SEGMENTS_PER_BLOCK:
             self._blocks.append(ctypes.create_string_buffer((_SEGMENTS_PER_BLOCK + 1) * self._state_bytes))
 
@@ -134,7 +142,9 @@ class ExpansionSchedule(Schedule):
             with self._lock:
                 self.ready()
                 first = self._known - 1
-                count = min(_SEGMENTS_PER_RUN, segment - first, _SEGMENTS_PER_BLOCK - first % _SEGMENTS_PER_BLOCK)
+                count = min(
+                    _SEGMENTS_PER_RUN, segment - first, _SEGMENTS_PER_BLOCK - first % _SEGMENTS_PER_BLOCK
+                )
                 if count <= 0:
                     return
                 chain = tiers.kernel(tiers.active_tier(), KernelName("expansion_chain", self.bits))
@@ -146,7 +156,9 @@ class ExpansionSchedule(Schedule):
                     ctypes.memmove(self._state(after), behind, self._state_bytes)
                 self._known = after + 1
 
-    def calls(self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int) -> list[Call]:
+    def calls(
+        self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int
+    ) -> list[Call]:
         """Plan the kernel calls; see `Schedule.calls`."""
         self.ready()
         self._reach(offset // self._segment)
@@ -157,13 +169,19 @@ class ExpansionSchedule(Schedule):
         done = 0
         while done < nbytes:
             segment, skip = divmod(offset + done, self._segment)
-            room = min(piece // group, (_SEGMENTS_PER_BLOCK - segment % _SEGMENTS_PER_BLOCK) // SEGMENTS_PER_GROUP)
-            groups = min((nbytes - done) // group, max(room, 1)) if segment % SEGMENTS_PER_GROUP == 0 and skip == 0 else 0
+            room = min(
+                piece // group, (_SEGMENTS_PER_BLOCK - segment % _SEGMENTS_PER_BLOCK) // SEGMENTS_PER_GROUP
+            )
+            groups = (
+                min((nbytes - done) // group, max(room, 1))
+                if segment % SEGMENTS_PER_GROUP == 0 and skip == 0
+                else 0
+            )
             t, s, states = target + done, source + done, self._state(segment)
             if groups:
                 length = groups * group
                 function = transform.kernel("expansion_indexed", self.bits)
-                arguments = (t, s, groups, states, _RCON_ADDRESS, transform.box)
+                arguments: tuple[int, ...] = (t, s, groups, states, _RCON_ADDRESS, transform.box)
                 last = segment + groups * SEGMENTS_PER_GROUP - 1
             else:
                 length = min(nbytes - done, group - (offset + done) % group)

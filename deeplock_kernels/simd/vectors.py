@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils
+from numba.core import types as numba_types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic, overload
+
+types: Any = numba_types
 
 BLOCK = 16  # bytes of an AES block, the unit within which shuffles move bytes
 
@@ -21,7 +24,7 @@ byte = ir.IntType(8)
 quad = ir.IntType(64)
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """The Numba type of `nbytes` bytes in vector registers."""
 
     def __init__(self, nbytes: int) -> None:
@@ -30,7 +33,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_default(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, ir.VectorType(byte, kind.nbytes))
 
@@ -66,19 +69,16 @@ def operation(arity: int) -> Callable[[Callable[..., Any]], Any]:
 
             return result(*arguments), generate
 
-        if arity == 1:
+        def unary(typingctx, a):
+            return typed((a,))
 
-            def entry(typingctx, a):  # type: ignore[no-untyped-def]
-                return typed((a,))
-        elif arity == 2:
+        def binary(typingctx, a, b):
+            return typed((a, b))
 
-            def entry(typingctx, a, b):  # type: ignore[no-untyped-def]
-                return typed((a, b))
-        else:
+        def ternary(typingctx, a, b, c):
+            return typed((a, b, c))
 
-            def entry(typingctx, a, b, c):  # type: ignore[no-untyped-def]
-                return typed((a, b, c))
-
+        entry: Any = (unary, binary, ternary)[arity - 1]
         entry.__name__ = entry.__qualname__ = emit.__name__
         entry.__doc__ = emit.__doc__
         return intrinsic(entry)
@@ -103,7 +103,9 @@ def pointer(builder: Any, address: Any, kind: Any) -> Any:
 
 def permute(builder: Any, a: Any, b: Any, indices: Sequence[int]) -> Any:
     """Pick bytes of a and b (numbered on from a's) at constant indices."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), list(indices)))
+    return builder.shuffle_vector(
+        a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), list(indices))
+    )
 
 
 def split(builder: Any, value: Any, nbytes: int) -> list[Any]:
@@ -125,22 +127,22 @@ def join(builder: Any, parts: Sequence[Any]) -> Any:
 
 
 @intrinsic
-def load(typingctx, vector, address):  # type: ignore[no-untyped-def]
+def load(typingctx, vector, address):
     """Load a vector of the given type from any address."""
     kind = vector.instance_type
 
-    def generate(context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, _signature, values):
         return builder.load(pointer(builder, values[1], context.get_value_type(kind)), align=1)
 
     return kind(vector, address), generate
 
 
 @intrinsic
-def load_quad(typingctx, vector, address):  # type: ignore[no-untyped-def]
+def load_quad(typingctx, vector, address):
     """Load 8 bytes and repeat them over the whole vector."""
     kind = vector.instance_type
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         part = builder.load(pointer(builder, values[1], ir.VectorType(byte, 8)), align=1)
         return permute(builder, part, part, [i % 8 for i in range(kind.nbytes)])
 
@@ -148,10 +150,10 @@ def load_quad(typingctx, vector, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_word(typingctx, like, address):  # type: ignore[no-untyped-def]
+def load_word(typingctx, like, address):
     """Load 4 bytes and repeat them over a vector of the type of `like`."""
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         part = builder.load(pointer(builder, values[1], ir.VectorType(byte, 4)), align=1)
         return permute(builder, part, part, [i % 4 for i in range(like.nbytes)])
 
@@ -159,12 +161,16 @@ def load_word(typingctx, like, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def splat(typingctx, vector, value):  # type: ignore[no-untyped-def]
+def splat(typingctx, vector, value):
     """Repeat the low byte of an integer over a vector of the given type."""
     kind = vector.instance_type
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
-        one = builder.insert_element(ir.Constant(ir.VectorType(byte, 1), ir.Undefined), builder.trunc(values[1], byte), ir.IntType(32)(0))
+    def generate(_context, builder, _signature, values):
+        one = builder.insert_element(
+            ir.Constant(ir.VectorType(byte, 1), ir.Undefined),
+            builder.trunc(values[1], byte),
+            ir.IntType(32)(0),
+        )
         return permute(builder, one, one, [0] * kind.nbytes)
 
     return kind(vector, value), generate
@@ -175,8 +181,8 @@ def make_load_blocks(count: int) -> Any:
     result = types.UniTuple(u8x64, count)
 
     @intrinsic
-    def load_blocks(typingctx, address):  # type: ignore[no-untyped-def]
-        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def load_blocks(typingctx, address):
+        def generate(_context, builder, _signature, values):
             vectors = []
             for i in range(count):
                 place = pointer(builder, builder.add(values[0], quad(BLOCK * i)), ir.VectorType(byte, BLOCK))
@@ -190,20 +196,20 @@ def make_load_blocks(count: int) -> Any:
 
 
 @intrinsic
-def store(typingctx, address, value):  # type: ignore[no-untyped-def]
+def store(typingctx, address, value):
     """Store a vector at any address."""
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         builder.store(values[1], pointer(builder, values[0], values[1].type), align=1)
 
     return types.void(address, value), generate
 
 
 @intrinsic
-def store_half(typingctx, address, value):  # type: ignore[no-untyped-def]
+def store_half(typingctx, address, value):
     """Store the first 8 bytes of a vector at any address."""
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         half = split(builder, values[1], 8)[0]
         builder.store(half, pointer(builder, values[0], half.type), align=1)
 
@@ -211,10 +217,10 @@ def store_half(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+def prefetch(typingctx, address):
     """Ask for the cache line at an address, which need not be mapped."""
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         place = pointer(builder, values[0], byte)
         flag = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place.type, flag, flag, flag])
@@ -225,10 +231,10 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def copy(typingctx, target, source, nbytes):  # type: ignore[no-untyped-def]
+def copy(typingctx, target, source, nbytes):
     """Copy bytes between ranges that do not overlap."""
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         target, source, nbytes = values
         cgutils.raw_memcpy(
             builder, pointer(builder, target, byte), pointer(builder, source, byte), nbytes, quad(1), align=1
@@ -241,8 +247,8 @@ def make_scratch(nbytes: int) -> Any:
     """Make an operation that gives the address of `nbytes` of 64-byte aligned stack, one per call site."""
 
     @intrinsic
-    def scratch(typingctx):  # type: ignore[no-untyped-def]
-        def generate(_context, builder, _signature, _values):  # type: ignore[no-untyped-def]
+    def scratch(typingctx):
+        def generate(_context, builder, _signature, _values):
             place = cgutils.alloca_once(builder, ir.ArrayType(byte, nbytes))
             place.align = 64
             return builder.ptrtoint(place, quad)
@@ -262,7 +268,7 @@ def xor(builder: Any, a: Any, b: Any) -> Any:
 
 
 @overload(python_operator.xor)
-def _xor_operator(a, b):  # type: ignore[no-untyped-def]
+def _xor_operator(a, b):
     if isinstance(a, Vector) and isinstance(b, Vector):
         return lambda a, b: xor(a, b)
     return None
@@ -299,10 +305,10 @@ def select_negative(builder: Any, x: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def transpose(typingctx, rows):  # type: ignore[no-untyped-def]
+def transpose(typingctx, rows):
     """Turn 4 vectors of 4 blocks around: vector j of the result holds block j of each row, in order."""
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         blocks = [split(builder, builder.extract_value(values[0], i), BLOCK) for i in range(4)]
         return cgutils.pack_array(builder, [join(builder, [row[j] for row in blocks]) for j in range(4)])
 
@@ -310,10 +316,10 @@ def transpose(typingctx, rows):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def concatenate(typingctx, blocks):  # type: ignore[no-untyped-def]
+def concatenate(typingctx, blocks):
     """Put 4 vectors of one block side by side."""
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         return join(builder, [builder.extract_value(values[0], i) for i in range(4)])
 
     return u8x64(blocks), generate
@@ -323,14 +329,14 @@ _REVERSED = list(range(BLOCK - 1, -1, -1))
 
 
 @intrinsic
-def counter_blocks(typingctx, start, index):  # type: ignore[no-untyped-def]
+def counter_blocks(typingctx, start, index):
     """Give 16 counter blocks (SP 800-38A): the 128-bit big-endian number at `start` + index, + index + 1, ...
 
     The result is a tuple of 4 vectors. Sums wrap mod 2^128.
     """
     result = types.UniTuple(u8x64, 4)
 
-    def generate(context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, _signature, values):
         wide = ir.IntType(128)
         kind = ir.VectorType(quad, 8)
         stored = builder.load(pointer(builder, values[0], wide), align=1)
@@ -342,7 +348,9 @@ def counter_blocks(typingctx, start, index):  # type: ignore[no-untyped-def]
             pair = ir.Constant(kind, ir.Undefined)
             pair = builder.insert_element(pair, low, ir.IntType(32)(0))
             pair = builder.insert_element(pair, high, ir.IntType(32)(1))
-            base = builder.shuffle_vector(pair, pair, ir.Constant(ir.VectorType(ir.IntType(32), 8), [0, 1] * 4))
+            base = builder.shuffle_vector(
+                pair, pair, ir.Constant(ir.VectorType(ir.IntType(32), 8), [0, 1] * 4)
+            )
             vectors = []
             for first in range(0, 16, 4):
                 steps = ir.Constant(kind, [v for i in range(first, first + 4) for v in (i, 0)])
@@ -353,7 +361,9 @@ def counter_blocks(typingctx, start, index):  # type: ignore[no-untyped-def]
                     zero = ir.Constant(kind, [0] * 8)
                     total = builder.add(total, builder.shuffle_vector(carried, zero, moved))
                 data = builder.bitcast(total, ir.VectorType(byte, 64))
-                vectors.append(permute(builder, data, data, [i - i % 16 + _REVERSED[i % 16] for i in range(64)]))
+                vectors.append(
+                    permute(builder, data, data, [i - i % 16 + _REVERSED[i % 16] for i in range(64)])
+                )
             return cgutils.pack_array(builder, vectors)
 
         place = cgutils.alloca_once(builder, context.get_value_type(result))

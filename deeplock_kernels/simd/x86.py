@@ -77,8 +77,8 @@ def aes_cipher(width: int) -> Any:
     in_flight = 8  # enough registers at once to hide AESENC's latency, few enough to stay in registers
 
     @intrinsic
-    def encrypt(typingctx, blocks, keys):  # type: ignore[no-untyped-def]
-        def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def encrypt(typingctx, blocks, keys):
+        def generate(_context, builder, _signature, values):
             vectors = [builder.extract_value(values[0], i) for i in range(len(blocks))]
             whole = [builder.extract_value(values[1], i) for i in range(len(keys))]
             round_keys = [split(builder, key, width // 8)[0] for key in whole]
@@ -90,7 +90,9 @@ def aes_cipher(width: int) -> Any:
                     group = [call(builder, f"aesenc_{width}", (part, key)) for part in group]
                 done += [call(builder, f"aesenclast_{width}", (part, round_keys[-1])) for part in group]
             each = len(done) // len(vectors)
-            return cgutils.pack_array(builder, [join(builder, done[i : i + each]) for i in range(0, len(done), each)])
+            return cgutils.pack_array(
+                builder, [join(builder, done[i : i + each]) for i in range(0, len(done), each)]
+            )
 
         return blocks(blocks, keys), generate
 
@@ -127,7 +129,8 @@ def permute_two(builder: Any, indices: Any, a: Any, b: Any) -> Any:
     return call(builder, "vpermi2b_512", (a, indices, b))
 
 
-# InvShiftRows, so that AESENCLAST's ShiftRows puts each byte back where it was (FIPS 197 section 5.3.1), and its inverse.
+# InvShiftRows, so that AESENCLAST's ShiftRows puts each byte back where it was (FIPS 197 section 5.3.1), and
+# its inverse.
 _INVERSE_SHIFT_ROWS = [0, 13, 10, 7, 4, 1, 14, 11, 8, 5, 2, 15, 12, 9, 6, 3]
 _SHIFT_ROWS = [0, 5, 10, 15, 4, 9, 14, 3, 8, 13, 2, 7, 12, 1, 6, 11]
 
@@ -147,14 +150,14 @@ aes_substitute_inverse = _blockwise("aesdeclast_128", _SHIFT_ROWS)
 
 
 @intrinsic
-def lookup_rows(typingctx, x, table):  # type: ignore[no-untyped-def]
+def lookup_rows(typingctx, x, table):
     """Look up each byte in the 256 bytes at an address by 16 shuffles (VPSHUFB).
 
     Row r holds the bytes 16 r to 16 r + 15. With its high half XORed with r, an index is below 16 in its own row alone;
     adding 0x70 with saturation then sets the top bit, for which VPSHUFB gives zero, in every other row.
     """
 
-    def generate(_context, builder, _signature, values):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _signature, values):
         x, table = values
         nbytes = INSTRUCTIONS["pshufb_256"].nbytes
         kind = ir.VectorType(byte, nbytes)
@@ -168,7 +171,9 @@ def lookup_rows(typingctx, x, table):  # type: ignore[no-untyped-def]
             half = builder.load(place, align=1)
             row = permute(builder, half, half, [i % 16 for i in range(nbytes)])
             for i, part in enumerate(parts):
-                index = builder.call(add, [builder.xor(part, constant([16 * r], nbytes)), constant([0x70], nbytes)])
+                index = builder.call(
+                    add, [builder.xor(part, constant([16 * r], nbytes)), constant([0x70], nbytes)]
+                )
                 found[i] = builder.or_(found[i], call(builder, "pshufb_256", (row, index)))
         return join(builder, found)
 
