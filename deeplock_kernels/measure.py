@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deeplock_kernels.kernels.signatures import RCON_WORDS, KernelName, segment_bytes
+from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS, KernelName, segment_bytes
 from deeplock_kernels.locking import lock, unlock
 from deeplock_kernels.runtime.pool import Call, run
 from deeplock_kernels.runtime.tiers import active_tier, kernel
@@ -116,7 +116,7 @@ def locks(data: Any, threads: int) -> dict[str, Work]:
     segments = max(data.nbytes // segment_bytes(128), 1)
 
     def bare_chain() -> None:
-        chain(ctypes.addressof(states), segments, ctypes.addressof(rcon))
+        chain(ctypes.addressof(states), segments, ctypes.addressof(rcon) + RCON_START)
 
     return {
         "lock, counter 128, aes": lambda: lock(data, counter_128, out=data, threads=threads),

@@ -1,4 +1,4 @@
-"""The expansion schedule's chain (FIPS 197 section 5.2) in vectors, one factory per key length.
+"""The expansion schedule's chain (FIPS 197 section 5.2) in vectors: a `Chain` and a `BareChain` per key length.
 
 A chain's state is a tuple of vectors, and each 16-byte block of a vector belongs to a chain of its own: u8x16 runs one
 chain, u8x64 four side by side. In a round, w'[i] = w[0] ^ ... ^ w[i] ^ t with t = SubWord(RotWord(last word)) ^ Rcon.
@@ -17,8 +17,7 @@ from deeplock_kernels.simd.vectors import (
     load,
     load_word,
     make_shuffle,
-    store,
-    store_half,
+    store_word,
     u8x16,
     u8x64,
     zero_like,
@@ -34,7 +33,6 @@ class Chain(NamedTuple):
     rounds: int
     load_one: Any
     load_four: Any
-    store_one: Any
     step: Any
 
 
@@ -64,10 +62,6 @@ def _chain_128(last_round: Any) -> Chain:
         return (load(u8x64, states),)
 
     @inlined
-    def store_one(states, state):
-        store(states, state[0])
-
-    @inlined
     def advance(x, rcon):
         return running_xor(x) ^ last_round(fourth_word_rotated(x), load_word(x, rcon))
 
@@ -79,7 +73,7 @@ def _chain_128(last_round: Any) -> Chain:
         d = advance(c, rcon + 12)
         return (d,), ((a, b, c, d),)
 
-    return Chain(4, load_one, load_four, store_one, step)
+    return Chain(4, load_one, load_four, step)
 
 
 def _chain_192(last_round: Any) -> Chain:
@@ -94,11 +88,6 @@ def _chain_192(last_round: Any) -> Chain:
         e, f = load_one(states + 48)
         g, h = load_one(states + 72)
         return concatenate((a, c, e, g)), concatenate((b, d, f, h))
-
-    @inlined
-    def store_one(states, state):
-        store(states, state[0])
-        store_half(states + 16, state[1])
 
     @inlined
     def advance(a, b, rcon):
@@ -120,7 +109,7 @@ def _chain_192(last_round: Any) -> Chain:
         a, b, r9, r10, r11 = advance_twice(a, b, rcon + 24)
         return (a, b), ((r0, r1, r2, r3), (r4, r5, r6, r7), (r8, r9, r10, r11))
 
-    return Chain(8, load_one, load_four, store_one, step)
+    return Chain(8, load_one, load_four, step)
 
 
 def _chain_256(last_round: Any) -> Chain:
@@ -137,11 +126,6 @@ def _chain_256(last_round: Any) -> Chain:
         return concatenate((a, c, e, g)), concatenate((b, d, f, h))
 
     @inlined
-    def store_one(states, state):
-        store(states, state[0])
-        store(states + 16, state[1])
-
-    @inlined
     def advance(a, b, rcon):
         a = running_xor(a) ^ last_round(fourth_word_rotated(b), load_word(a, rcon))
         return a, running_xor(b) ^ last_round(fourth_word(a), zero_like(a))
@@ -152,7 +136,148 @@ def _chain_256(last_round: Any) -> Chain:
         c, d = advance(a, b, rcon + 4)
         return (c, d), ((a, b, c, d),)
 
-    return Chain(2, load_one, load_four, store_one, step)
+    return Chain(2, load_one, load_four, step)
 
 
+class BareChain(NamedTuple):
+    """A chain that only goes from one saved state to a later one, without its key stream.
+
+    The last word W of each round follows from earlier last words alone: for 4 words W' = W[-3] ^ t(W), where
+    W[-3] is the one of three rounds before W (G. Leurent and C. Pernot, "New Representations of the AES Key
+    Schedule", EUROCRYPT 2021, build on the same independence). A vector holds such a word four times, rotated
+    right once more in each round, so that RotWord costs nothing: a round is one AESENCLAST, whose key was ready
+    long before. `step` runs 4 rounds.
+    """
+
+    load: Any
+    step: Any
+    store: Any
+
+
+rotated_once = make_shuffle([i - i % 4 + (i - 1) % 4 for i in range(16)])
+rotated_twice = make_shuffle([i - i % 4 + (i - 2) % 4 for i in range(16)])
+rotated_thrice = make_shuffle([i - i % 4 + (i - 3) % 4 for i in range(16)])
+
+
+@inlined
+def load_words(states):
+    """Load four words, each repeated over a vector."""
+    like = load(u8x16, states)
+    return (
+        load_word(like, states),
+        load_word(like, states + 4),
+        load_word(like, states + 8),
+        load_word(like, states + 12),
+    )
+
+
+@inlined
+def last_words(states):
+    """Give the last words of the rounds before, the oldest first, of a part of 4 words of the state."""
+    a, b, c, d = load_words(states)
+    return rotated_once(a ^ b ^ c ^ d), rotated_twice(b ^ d), rotated_thrice(c ^ d), d
+
+
+@inlined
+def store_words(states, a, b, c, d):
+    """Store the part of the state that `last_words` gives these for."""
+    a, b, c = rotated_thrice(a), rotated_twice(b), rotated_once(c)
+    store_word(states, a ^ b ^ c ^ d)
+    store_word(states + 4, b ^ d)
+    store_word(states + 8, c ^ d)
+    store_word(states + 12, d)
+
+
+def _bare_chain_128(last_round: Any) -> BareChain:
+    @inlined
+    def step(state, rcon):
+        a, b, c, d = state
+        a = last_round(d, a ^ load_word(a, rcon - 1))
+        b = last_round(a, b ^ load_word(a, rcon + 4 - 2))
+        c = last_round(b, c ^ load_word(a, rcon + 8 - 3))
+        d = last_round(c, d ^ load_word(a, rcon + 12))
+        return a, b, c, d
+
+    @inlined
+    def store_state(states, state):
+        store_words(states, state[0], state[1], state[2], state[3])
+
+    return BareChain(last_words, step, store_state)
+
+
+def _bare_chain_192(last_round: Any) -> BareChain:
+    @inlined
+    def load_state(states):
+        w0, w1, w2, w3 = load_words(states)
+        _, _, w4, w5 = load_words(states + 8)
+        return (
+            rotated_thrice(w0 ^ w1 ^ w4 ^ w5),
+            w1 ^ w5,
+            rotated_once(w2 ^ w3 ^ w4 ^ w5),
+            rotated_twice(w3 ^ w5),
+            rotated_thrice(w4 ^ w5),
+            w5,
+        )
+
+    @inlined
+    def advance(oldest, third, second, newest, rcon):
+        """Give the next last word from those of 5, 3, 1 and 0 rounds before."""
+        return last_round(newest, third ^ rotated_twice(oldest ^ second) ^ load_word(newest, rcon))
+
+    @inlined
+    def step(state, rcon):
+        a, b, c, d, e, f = state
+        g = advance(a, c, e, f, rcon - 1)
+        h = advance(b, d, f, g, rcon + 4 - 2)
+        i = advance(c, e, g, h, rcon + 8 - 3)
+        j = advance(d, f, h, i, rcon + 12)
+        return e, f, g, h, i, j
+
+    @inlined
+    def store_state(states, state):
+        a, b, c, d, e, f = state
+        a, c, d, e = rotated_once(a), rotated_thrice(c), rotated_twice(d), rotated_once(e)
+        store_word(states, a ^ b ^ e ^ f)
+        store_word(states + 4, b ^ f)
+        store_word(states + 8, c ^ d ^ e ^ f)
+        store_word(states + 12, d ^ f)
+        store_word(states + 16, e ^ f)
+        store_word(states + 20, f)
+
+    return BareChain(load_state, step, store_state)
+
+
+def _bare_chain_256(last_round: Any) -> BareChain:
+    @inlined
+    def load_state(states):
+        a, b, c, d = last_words(states)
+        e, f, g, h = last_words(states + 16)
+        return a, b, c, d, e, f, g, h
+
+    @inlined
+    def step(state, rcon):
+        a, b, c, d, e, f, g, h = state
+        a = last_round(h, a ^ load_word(a, rcon - 1))
+        e = last_round(a, e)
+        b = last_round(e, b ^ load_word(a, rcon + 4 - 2))
+        f = last_round(b, f)
+        c = last_round(f, c ^ load_word(a, rcon + 8 - 3))
+        g = last_round(c, g)
+        d = last_round(g, d ^ load_word(a, rcon + 12))
+        h = last_round(d, h)
+        return a, b, c, d, e, f, g, h
+
+    @inlined
+    def store_state(states, state):
+        store_words(states, state[0], state[1], state[2], state[3])
+        store_words(states + 16, state[4], state[5], state[6], state[7])
+
+    return BareChain(load_state, step, store_state)
+
+
+BARE_CHAINS: dict[int, Callable[[Any], BareChain]] = {
+    128: _bare_chain_128,
+    192: _bare_chain_192,
+    256: _bare_chain_256,
+}
 CHAINS: dict[int, Callable[[Any], Chain]] = {128: _chain_128, 192: _chain_192, 256: _chain_256}

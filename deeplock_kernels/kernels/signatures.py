@@ -15,7 +15,7 @@ All arguments are 64-bit signed integers: addresses, byte counts and positions.
 `cipher` points to the AES round keys in order, then the 16 bytes of the counter's start. `states` points to
 saved states of the chain: `expansion` starts from the first one, at the segment start that its `offset`
 counts from; `expansion_chain` starts there too and writes the next `segments` states after it;
-`expansion_indexed` reads four a group and works on whole segments. `rcon` points to `RCON_WORDS`. `box`
+`expansion_indexed` reads four a group and works on whole segments. `rcon` points to `RCON_WORDS` + `RCON_START`. `box`
 points to the parameters of the S-Box in the kernel's form.
 """
 
@@ -35,6 +35,7 @@ ARITY = {
 SEGMENT_ROUNDS = 4080  # a multiple of 51, Rcon's period, so that every segment starts with the same Rcon
 SEGMENTS_PER_GROUP = 4
 RCON_PERIOD = 51
+RCON_START = 4
 
 
 def segment_bytes(bits: int) -> int:
@@ -44,7 +45,8 @@ def segment_bytes(bits: int) -> int:
 
 def _rcon_words() -> bytes:
     # A step of a kernel reads up to 8 rounds at once from any place of the period.
-    value, words = 1, bytearray()
+    # Reading it 1 to 3 bytes early gives a rotated word, the first one too.
+    value, words = 1, bytearray(RCON_START)
     for _ in range(RCON_PERIOD + 8):
         words += bytes((value, 0, 0, 0))
         value = (value << 1) ^ (0x11B if value & 0x80 else 0)

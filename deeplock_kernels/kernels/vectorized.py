@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deeplock_kernels.kernels.chains import CHAINS
+from deeplock_kernels.kernels.chains import BARE_CHAINS, CHAINS
 from deeplock_kernels.kernels.house import inlined
 from deeplock_kernels.kernels.signatures import (
     RCON_PERIOD,
@@ -142,9 +142,9 @@ def _expansion(tier: Any, name: KernelName) -> Any:
 
 
 def _expansion_chain(tier: Any, name: KernelName) -> Any:
-    chain = CHAINS[name.bits](tier.aes_last_round)
-    load_state, store_state, step, rounds = chain.load_one, chain.store_one, chain.step, chain.rounds
+    load_state, step, store_state = BARE_CHAINS[name.bits](tier.aes_last_round)
     state_bytes = name.bits // 8
+    rounds = 4
     steps = SEGMENT_ROUNDS // rounds
 
     def expansion_chain(states, segments, rcon):
@@ -152,7 +152,7 @@ def _expansion_chain(tier: Any, name: KernelName) -> Any:
         for _ in range(segments):
             doubling = 0
             for _ in range(steps):
-                state, _rows = step(state, rcon + 4 * doubling)
+                state = step(state, rcon + 4 * doubling)
                 doubling = next_doubling(doubling, rounds)
             states += state_bytes
             store_state(states, state)

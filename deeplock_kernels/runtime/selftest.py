@@ -11,7 +11,13 @@ from hashlib import sha256
 
 from deeplock_kernels import reference
 from deeplock_kernels.errors import SelfTestError
-from deeplock_kernels.kernels.signatures import RCON_WORDS, SEGMENTS_PER_GROUP, KernelName, segment_bytes
+from deeplock_kernels.kernels.signatures import (
+    RCON_START,
+    RCON_WORDS,
+    SEGMENTS_PER_GROUP,
+    KernelName,
+    segment_bytes,
+)
 from deeplock_kernels.runtime.forms import parameters
 from deeplock_kernels.sboxes import AES, SBox
 
@@ -82,7 +88,7 @@ def _check_expansion(name: KernelName, function: Callable[..., None]) -> bool:
     table, box = _box(name)
     data = ctypes.create_string_buffer(_plain(_NBYTES))
     address = ctypes.addressof(data)
-    function(address, address, _NBYTES, _OFFSET, _address(key), _address(RCON_WORDS), _address(box))
+    function(address, address, _NBYTES, _OFFSET, _address(key), _address(RCON_WORDS) + RCON_START, _address(box))
     stream = reference.expansion_keystream(key, _NBYTES, _OFFSET)
     return data.raw == _expected(name, table, _plain(_NBYTES), stream) + b"\0"
 
@@ -90,7 +96,7 @@ def _check_expansion(name: KernelName, function: Callable[..., None]) -> bool:
 def _check_expansion_chain(name: KernelName, function: Callable[..., None]) -> bool:
     key = _KEY[: name.bits // 8]
     states = ctypes.create_string_buffer(key, 2 * len(key))
-    function(ctypes.addressof(states), 1, _address(RCON_WORDS))
+    function(ctypes.addressof(states), 1, _address(RCON_WORDS) + RCON_START)
     return sha256(states.raw[len(key) :]).hexdigest() == CHAIN_DIGESTS[name.bits]
 
 
@@ -102,7 +108,7 @@ def _check_expansion_indexed(name: KernelName, function: Callable[..., None]) ->
     table, box = _box(name)
     data = ctypes.create_string_buffer(segment * SEGMENTS_PER_GROUP + 1)
     address = ctypes.addressof(data)
-    function(address, address, 1, _address(states), _address(RCON_WORDS), _address(box))
+    function(address, address, 1, _address(states), _address(RCON_WORDS) + RCON_START, _address(box))
     found = data.raw
     return found.endswith(b"\0") and all(
         found[i * segment : i * segment + _SAMPLE]

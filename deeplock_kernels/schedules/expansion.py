@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from deeplock_kernels.errors import ParameterError
-from deeplock_kernels.kernels.signatures import RCON_WORDS, SEGMENTS_PER_GROUP, KernelName, segment_bytes
+from deeplock_kernels.kernels.signatures import (
+    RCON_START,
+    RCON_WORDS,
+    SEGMENTS_PER_GROUP,
+    KernelName,
+    segment_bytes,
+)
 from deeplock_kernels.keys import MasterKey, key_bytes
 from deeplock_kernels.runtime import pool, tiers
 from deeplock_kernels.runtime.pool import Call
@@ -19,7 +25,7 @@ from deeplock_kernels.schedules.base import Schedule, check_integer
 from deeplock_kernels.transform import Transform
 
 _RCON = ctypes.create_string_buffer(RCON_WORDS, len(RCON_WORDS))
-_RCON_ADDRESS = ctypes.addressof(_RCON)
+_RCON_ADDRESS = ctypes.addressof(_RCON) + RCON_START
 _SEGMENTS_PER_BLOCK = 1024  # of saved states that are allocated together; a multiple of the group
 _SEGMENTS_PER_RUN = 256  # of chain between two chances to interrupt it, about 2 ms
 

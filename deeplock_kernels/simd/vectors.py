@@ -206,12 +206,12 @@ def store(typingctx, address, value):
 
 
 @intrinsic
-def store_half(typingctx, address, value):
-    """Store the first 8 bytes of a vector at any address."""
+def store_word(typingctx, address, value):
+    """Store the first 4 bytes of a vector at any address."""
 
     def generate(_context, builder, _signature, values):
-        half = split(builder, values[1], 8)[0]
-        builder.store(half, pointer(builder, values[0], half.type), align=1)
+        word = split(builder, values[1], 4)[0]
+        builder.store(word, pointer(builder, values[0], word.type), align=1)
 
     return types.void(address, value), generate
 
