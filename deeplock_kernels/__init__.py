@@ -17,7 +17,7 @@ _HOMES = {
     "deeplock_kernels.keys": ("MasterKey",),
     "deeplock_kernels.locking": ("lock", "substitute", "unlock"),
     "deeplock_kernels.runtime.pool": ("get_num_threads", "set_num_threads"),
-    "deeplock_kernels.runtime.tiers": ("tiers", "use_tier"),
+    "deeplock_kernels.runtime.tiers": ("tiers", "use_tier", "warmup"),
     "deeplock_kernels.sboxes": ("AES", "SBOXES", "SBox"),
     "deeplock_kernels.schedules": ("CounterSchedule", "ExpansionSchedule", "expand_key"),
     "deeplock_kernels.tensors": ("lock_tensors", "unlock_tensor", "unlock_tensors"),
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from deeplock_kernels.runtime.pool import set_num_threads as set_num_threads
     from deeplock_kernels.runtime.tiers import tiers as tiers
     from deeplock_kernels.runtime.tiers import use_tier as use_tier
+    from deeplock_kernels.runtime.tiers import warmup as warmup
     from deeplock_kernels.sboxes import AES as AES
     from deeplock_kernels.sboxes import SBOXES as SBOXES
     from deeplock_kernels.sboxes import SBox as SBox

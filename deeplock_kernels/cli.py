@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
     bench.add_argument("--tier", default=None, help="a tier to force; see `deeplock tiers`")
 
+    warm = command("warmup", _warmup, "compile every kernel of a tier into the cache, before it is needed")
+    warm.add_argument("--tier", default=None, help="the tier (default the one in use); see `deeplock tiers`")
+    warm.add_argument("--into", metavar="DIR", default=None, help="a cache directory to fill, to ship with an image")
+
     demo = command(
         "demo", _demo, "lock a real network that reads digits, try wrong keys, unlock it, and measure"
     )
@@ -265,6 +269,19 @@ def _bench(arguments: argparse.Namespace) -> None:
         f"  {'process start to first locked MiB':40}{seconds[len(seconds) // 2]:7.2f} s"
         f"     [{seconds[0]:6.2f} to {seconds[-1]:6.2f}]  with compiled kernels in the cache"
     )
+
+
+def _warmup(arguments: argparse.Namespace) -> None:
+    if arguments.into is not None:
+        os.environ["DEEPLOCK_CACHE_DIR"] = arguments.into
+    from tqdm import tqdm
+
+    from deeplock_kernels.runtime import codecache
+    from deeplock_kernels.runtime.tiers import warmup
+
+    with tqdm(desc="compiling", unit=" kernels", leave=False, disable=None, file=sys.stderr) as bar:
+        count = warmup(arguments.tier, bar.update)
+    print(f"{codecache.directory() or 'no cache to be used'}: {count} kernels are ready")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
+
+import numpy as np
 
 from deeplock_kernels import buffers
 from deeplock_kernels.errors import BufferTypeError, UnknownNameError
 from deeplock_kernels.runtime.pool import Call, resolve_threads
+from deeplock_kernels.runtime.tiers import active_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
-from deeplock_kernels.schedules import SCHEDULES, Schedule
-from deeplock_kernels.schedules.base import check_range
+from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, Schedule
+from deeplock_kernels.schedules.base import MAX_OFFSET, check_range
 from deeplock_kernels.transform import Transform
 
 
@@ -121,6 +125,18 @@ def _apply(
     out: Any,
     threads: int | None,
 ) -> Any:
+    if out is data and threads is None and type(schedule) is CounterSchedule and type(data) is np.ndarray:
+        # Small arrays in place: what is checked below, in as few steps as Python allows.
+        transform = Transform.of(find_sbox(sbox), direction, active_tier())
+        nbytes = data.nbytes
+        if 0 < nbytes <= transform.small and not data.dtype.hasobject and type(offset) is int:
+            try:
+                address = ctypes.addressof(ctypes.c_char.from_buffer(data))  # type: ignore[arg-type]
+            except (TypeError, ValueError, BufferError):
+                address = 0  # read-only, with gaps, or of a dtype without a buffer: the long way says what is wrong
+            if address and 0 <= offset <= MAX_OFFSET - nbytes:
+                schedule.run(transform, address, nbytes, offset)
+                return data
     source = buffers.memory(data)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise BufferTypeError(
@@ -136,7 +152,7 @@ def _apply(
     target = buffers.output_memory(result, source)
     if source.nbytes == 0:
         return result
-    transform = Transform(box, direction)
+    transform = Transform.of(box, direction, active_tier())
     piece = transform.piece(source.nbytes, count)
     if schedule is None:
         function = transform.kernel("substitute")

@@ -30,6 +30,7 @@ from deeplock_kernels.runtime.pool import Call, resolve_threads
 from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, ExpansionSchedule, Schedule
 from deeplock_kernels.schedules.base import check_range
+from deeplock_kernels.schedules.counter import CounterList
 from deeplock_kernels.transform import Transform
 
 Key = bytes | bytearray | memoryview | MasterKey
@@ -224,6 +225,7 @@ class NamedLock:
         self._secret, self._schedule = secret, schedule
         self._derivation = Derivation(secret, salt)
         self._streams: dict[str, Schedule] = {}
+        self._list: CounterList | None = None
 
     @classmethod
     def new(cls, key: Key, schedule: str, sbox: SBox) -> NamedLock:
@@ -291,6 +293,25 @@ class NamedLock:
             )
         return self._streams[root], 0
 
+    def calls(
+        self, header: LockHeader, blocks: Mapping[str, Memory], transform: Transform, piece: int
+    ) -> list[Call]:
+        """Plan the kernel calls that transform tensors in place."""
+        if self._schedule == CounterSchedule.name:
+            ranges = [(block.address, block.nbytes) for block in blocks.values()]
+            keys = [b"".join(self._key_iv(header, name)) for name in blocks]
+            self._list = CounterList(ranges, keys, len(self._secret) * 8)
+            return self._list.calls(transform, piece)
+        calls: list[Call] = []
+        for name, block in blocks.items():
+            schedule, start = self.stream(header, name)
+            calls += schedule.calls(transform, block.address, block.address, block.nbytes, start, piece)
+        return calls
+
+    def _key_iv(self, header: LockHeader, name: str) -> tuple[bytes, bytes]:
+        label = header.sbox if isinstance(header.sbox, str) else header.sbox["sha256"]
+        return self._derivation.tensor_key_iv(self._schedule, label, _root(header, name))
+
     def __enter__(self) -> NamedLock:
         return self
 
@@ -298,6 +319,8 @@ class NamedLock:
         for schedule in self._streams.values():
             schedule.wipe()
         self._streams.clear()
+        if self._list is not None:
+            self._list.wipe()
 
     def __repr__(self) -> str:
         return f"NamedLock({self._schedule}, {len(self._secret) * 8} bits)"
@@ -417,8 +440,4 @@ def _run(
     transform = Transform(lock.sbox, direction)
     piece = transform.piece(sum(block.nbytes for block in blocks.values()), threads)
     with lock:
-        calls: list[Call] = []
-        for name, block in blocks.items():
-            schedule, start = lock.stream(header, name)
-            calls += schedule.calls(transform, block.address, block.address, block.nbytes, start, piece)
-        transform.run(calls, threads, in_place=True)
+        transform.run(lock.calls(header, blocks, transform, piece), threads, in_place=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from deeplock_kernels.kernels.signatures import KernelName
@@ -35,19 +36,27 @@ class Transform:
         self._form, self.box, self._kept = forms.choose(
             sbox if direction == "lock" else sbox.inverse, self._tier.forms
         )
-        self._names: dict[int, KernelName] = {}  # by the id of a kernel, which lives as long as the process
+        self.small = 2 * _SMALLEST_PIECE * self._tier.pace
+        self._kernels: dict[tuple[str, int], Callable[..., None]] = {}
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, sbox: SBox, direction: str, tier: Tier) -> Transform:
+        """Give the transform of these, made once."""
+        return cls(sbox, direction, tier)
 
     def kernel(self, operation: str, bits: int = 0) -> Callable[..., None]:
         """Give the kernel of an operation, for keys of `bits` bits where it takes one."""
-        name = KernelName(operation, bits, self._form, self._direction if bits else "")
-        function = kernel(self._tier, name)
-        self._names[id(function)] = name
+        function = self._kernels.get((operation, bits))
+        if function is None:
+            name = KernelName(operation, bits, self._form, self._direction if bits else "")
+            function = self._kernels[operation, bits] = kernel(self._tier, name)
         return function
 
     def piece(self, nbytes: int, threads: int) -> int:
         """Say how many bytes one call should take out of `nbytes` in all: everything where threads do not pay."""
         pace = self._tier.pace
-        if (threads == 1 and nbytes <= _LARGEST_PIECE * pace) or nbytes <= 2 * _SMALLEST_PIECE * pace:
+        if (threads == 1 and nbytes <= _LARGEST_PIECE * pace) or nbytes <= self.small:
             return max(nbytes, 1)
         wanted = min(max(nbytes // (8 * threads), _SMALLEST_PIECE * pace), _LARGEST_PIECE * pace)
         return -(-wanted // _PAGE) * _PAGE
@@ -60,16 +69,10 @@ class Transform:
                 call.before()
             call.function(*call.arguments)
             return
-        pool.run(calls, threads, self._opposite().undo(self._names) if in_place else None)
+        pool.run(calls, threads, self._revert if in_place else None)
 
-    def _opposite(self) -> Transform:
-        return Transform(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)
-
-    def undo(self, names: dict[int, KernelName]) -> Callable[[Call], Call]:
-        """Give the function from a finished in-place call of the opposite transform to the call that reverts it."""
-
-        def revert(call: Call) -> Call:
-            name = names[id(call.function)]
-            return Call(self.kernel(name.operation, name.bits), (*call.arguments[:-1], self.box))
-
-        return revert
+    def _revert(self, finished: Call) -> Call:
+        """Give the call that takes back a finished one."""
+        opposite = Transform.of(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)
+        what = next(key for key, function in self._kernels.items() if function is finished.function)
+        return Call(opposite.kernel(*what), (*finished.arguments[:-1], opposite.box))

@@ -7,10 +7,11 @@ from deeplock_kernels.simd import x86
 
 encrypt = x86.aes_cipher(128)
 aes_last_round = x86.aes_last_round(128)
+aes_substitute, aes_substitute_inverse = x86.aes_substitutions(128)
 
 FORMS = {
     "identity": boxes.IDENTITY,
-    "aes": boxes.AES,
-    "aes_inverse": boxes.AES_INVERSE,
-    "table": boxes.TABLE_BY_SHUFFLE,
+    "aes": boxes.without_parameters(aes_substitute),
+    "aes_inverse": boxes.without_parameters(aes_substitute_inverse),
+    "table": boxes.table_by_rows(x86.lookup_rows),
 }

@@ -7,5 +7,12 @@ from deeplock_kernels.simd import x86
 
 encrypt = x86.aes_cipher(512)
 aes_last_round = x86.aes_last_round(512)
+aes_substitute, aes_substitute_inverse = x86.aes_substitutions(512)
 
-FORMS = {"identity": boxes.IDENTITY, "affine": boxes.galois(512), "table": boxes.TABLE_BY_PERMUTE}
+FORMS = {
+    "identity": boxes.IDENTITY,
+    "aes": boxes.without_parameters(aes_substitute),
+    "aes_inverse": boxes.without_parameters(aes_substitute_inverse),
+    "affine": boxes.galois(512),
+    "table": boxes.TABLE_BY_PERMUTE,
+}

@@ -28,19 +28,17 @@ def _apply_identity(x, box):
     return x
 
 
-@inlined
-def _apply_aes(x, box):
-    return x86.aes_substitute(x)
-
-
-@inlined
-def _apply_aes_inverse(x, box):
-    return x86.aes_substitute_inverse(x)
-
-
 IDENTITY = (_load_nothing, _apply_identity)
-AES = (_load_nothing, _apply_aes)
-AES_INVERSE = (_load_nothing, _apply_aes_inverse)
+
+
+def without_parameters(substitute: Any) -> tuple[Any, Any]:
+    """Make a form of an operation that is the S-Box itself."""
+
+    @inlined
+    def apply_operation(x, box):
+        return substitute(x)
+
+    return _load_nothing, apply_operation
 
 
 def galois(width: int) -> tuple[Any, Any]:
@@ -89,9 +87,11 @@ def _load_address(address):
     return address
 
 
-@inlined
-def _apply_rows(x, address):
-    return x86.lookup_rows(x, address)
+def table_by_rows(lookup_rows: Any) -> tuple[Any, Any]:
+    """Make the table form of an operation that looks bytes up in a table at an address."""
 
+    @inlined
+    def apply_rows(x, address):
+        return lookup_rows(x, address)
 
-TABLE_BY_SHUFFLE = (_load_address, _apply_rows)
+    return _load_address, apply_rows

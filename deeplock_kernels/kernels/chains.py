@@ -16,6 +16,7 @@ from deeplock_kernels.simd.vectors import (
     concatenate,
     load,
     load_word,
+    make_load_blocks,
     make_shuffle,
     store_word,
     u8x16,
@@ -137,6 +138,59 @@ def _chain_256(last_round: Any) -> Chain:
         return (c, d), ((a, b, c, d),)
 
     return Chain(2, load_one, load_four, step)
+
+
+def round_keys(bits: int, last_round: Any) -> Any:
+    """Make the function `(key, rcon) -> AES's round keys`, each repeated over a u8x64, for the key at an address.
+
+    The round keys are the key and then the chain's key stream, cut into blocks.
+    """
+    step = CHAINS[bits](last_round).step
+    load_first, load_second = make_load_blocks(1), make_load_blocks(2)
+
+    @inlined
+    def expand_128(key, rcon):
+        (k,) = load_first(key)
+        state, ((k1, k2, k3, k4),) = step((k,), rcon)
+        state, ((k5, k6, k7, k8),) = step(state, rcon + 16)
+        _, ((k9, k10, _, _),) = step(state, rcon + 32)
+        return k, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10
+
+    @inlined
+    def straddling(a, b):
+        return high_half_down(a) ^ up_two_words(b)
+
+    @inlined
+    def expand_192(key, rcon):
+        (k,) = load_first(key)
+        (last,) = load_first(key + 8)
+        _, ((a, b, c, d), (e, f, g, h), (i, j, m, n)) = step((k, high_half_down(last)), rcon)
+        return (
+            k,
+            straddling(last, a),
+            straddling(a, b),
+            straddling(b, c),
+            straddling(c, d),
+            straddling(d, e),
+            straddling(e, f),
+            straddling(f, g),
+            straddling(g, h),
+            straddling(h, i),
+            straddling(i, j),
+            straddling(j, m),
+            straddling(m, n),
+        )
+
+    @inlined
+    def expand_256(key, rcon):
+        k, k1 = load_second(key)
+        state, ((k2, k3, k4, k5),) = step((k, k1), rcon)
+        state, ((k6, k7, k8, k9),) = step(state, rcon + 8)
+        state, ((k10, k11, k12, k13),) = step(state, rcon + 16)
+        _, ((k14, _, _, _),) = step(state, rcon + 24)
+        return k, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14
+
+    return {128: expand_128, 192: expand_192, 256: expand_256}[bits]
 
 
 class BareChain(NamedTuple):

@@ -7,5 +7,12 @@ from deeplock_kernels.simd import x86
 
 encrypt = x86.aes_cipher(256)
 aes_last_round = x86.aes_last_round(256)
+aes_substitute, aes_substitute_inverse = x86.aes_substitutions(256)
 
-FORMS = {"identity": boxes.IDENTITY, "affine": boxes.galois(256), "table": boxes.TABLE_BY_SHUFFLE}
+FORMS = {
+    "identity": boxes.IDENTITY,
+    "aes": boxes.without_parameters(aes_substitute),
+    "aes_inverse": boxes.without_parameters(aes_substitute_inverse),
+    "affine": boxes.galois(256),
+    "table": boxes.table_by_rows(x86.lookup_rows),
+}

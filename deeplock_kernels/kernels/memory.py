@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
+
+from deeplock_kernels.kernels.signatures import RECORD_BYTES
 
 
 def read_byte(address: int) -> int:
@@ -28,6 +31,30 @@ def write_byte(address: int, value: int) -> None:
 def write_quad(address: int, value: int) -> None:
     """Write the low 64 bits of a value."""
     ctypes.c_int64.from_address(address).value = value
+
+
+def make_scratch(nbytes: int) -> Any:
+    """Make a function that gives the address of `nbytes` of memory of the calling thread's own."""
+    memory = threading.local()
+
+    def scratch() -> int:
+        if not hasattr(memory, "block"):
+            memory.block = ctypes.create_string_buffer(nbytes)
+        return ctypes.addressof(memory.block)
+
+    @intrinsic
+    def stack(typingctx):
+        def generate(_context, builder, _signature, _values):
+            place = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), nbytes))
+            return builder.ptrtoint(place, ir.IntType(64))
+
+        return types.int64(), generate
+
+    @overload(scratch)
+    def scratch_overload():
+        return lambda: stack()
+
+    return scratch
 
 
 def _reader(bits: int) -> Any:
@@ -75,3 +102,16 @@ def _write_byte_overload(address, value):
 @overload(write_quad)
 def _write_quad_overload(address, value):
     return lambda address, value: _write_quad(address, value)
+
+
+def make_counter_list(counter: Any) -> Any:
+    """Make the kernel that runs a counter kernel on each of a list of records."""
+
+    def counter_list(records, count, rcon, box):
+        for i in range(count):
+            record = records + RECORD_BYTES * i
+            target, source = read_quad(record), read_quad(record + 8)
+            nbytes, offset = read_quad(record + 16), read_quad(record + 24)
+            counter(target, source, nbytes, offset, read_quad(record + 32), rcon, box)
+
+    return counter_list

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from deeplock_kernels.kernels.house import inlined
-from deeplock_kernels.kernels.memory import read_byte, read_quad, write_byte, write_quad
+from deeplock_kernels.kernels.memory import (
+    make_counter_list,
+    make_scratch,
+    read_byte,
+    read_quad,
+    write_byte,
+    write_quad,
+)
 from deeplock_kernels.kernels.signatures import (
     RCON_PERIOD,
     SEGMENT_ROUNDS,
@@ -43,6 +50,13 @@ def load_word(address):
         | (read_byte(address + 2) << 8)
         | read_byte(address + 3)
     )
+
+
+@inlined
+def write_word(address, w):
+    """Write a word, most significant byte first."""
+    for i in range(4):
+        write_byte(address + i, (w >> (24 - 8 * i)) & 255)
 
 
 @inlined
@@ -203,16 +217,25 @@ def _put(name: KernelName) -> Any:
 
 def _counter(name: KernelName) -> Any:
     put = _put(name)
-    rounds = name.bits // 32 + 6
-    start = 16 * (rounds + 1)
+    load_state, advance = CHAINS[name.bits]
+    rounds, key_bytes = name.bits // 32 + 6, name.bits // 8
+    expanded = 16 * (rounds + 1)
+    scratch = make_scratch(expanded + key_bytes)
 
-    def counter(target, source, nbytes, offset, cipher, box):
+    def counter(target, source, nbytes, offset, key, rcon, box):
+        cipher = scratch()
+        words = load_state(key)
+        for done in range(0, expanded, key_bytes):
+            for i in range(len(words)):
+                write_word(cipher + done + 4 * i, words[i])
+            words = advance(words, read_byte(rcon + done // key_bytes * 4))
+        start = key + key_bytes
         block, position = offset >> 4, -(offset & 15)
         while position < nbytes:
-            d = load_word(cipher + start + 12) + (block & 0xFFFFFFFF)
-            c = load_word(cipher + start + 8) + (block >> 32) + (d >> 32)
-            b = load_word(cipher + start + 4) + (c >> 32)
-            a = load_word(cipher + start) + (b >> 32)
+            d = load_word(start + 12) + (block & 0xFFFFFFFF)
+            c = load_word(start + 8) + (block >> 32) + (d >> 32)
+            b = load_word(start + 4) + (c >> 32)
+            a = load_word(start) + (b >> 32)
             a, b, c, d = encrypt(
                 a & 0xFFFFFFFF, b & 0xFFFFFFFF, c & 0xFFFFFFFF, d & 0xFFFFFFFF, cipher, rounds
             )
@@ -224,6 +247,10 @@ def _counter(name: KernelName) -> Any:
             position += 16
 
     return counter
+
+
+def _counter_list(name: KernelName) -> Any:
+    return make_counter_list(inlined(_counter(name)))
 
 
 def _expansion(name: KernelName) -> Any:
@@ -269,8 +296,7 @@ def _expansion_chain(name: KernelName) -> Any:
                 words = advance(words, read_byte(rcon + 4 * (i % RCON_PERIOD)))
             states += state_bytes
             for i in range(len(words)):
-                for j in range(4):
-                    write_byte(states + 4 * i + j, (words[i] >> (24 - 8 * j)) & 255)
+                write_word(states + 4 * i, words[i])
 
     return expansion_chain
 
@@ -297,6 +323,8 @@ def _xor(_name: KernelName) -> Any:
 
 _BUILDERS = {
     "counter": _counter,
+    "counter_list": _counter_list,
+    "counter_past_cache": _counter,
     "expansion": _expansion,
     "expansion_chain": _expansion_chain,
     "expansion_indexed": _expansion_indexed,

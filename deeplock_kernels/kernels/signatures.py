@@ -2,21 +2,26 @@
 
 All arguments are 64-bit signed integers: addresses, byte counts and positions.
 
-| operation         | arguments                                                                                  |
-|-------------------|--------------------------------------------------------------------------------------------|
-| counter           | target, source, nbytes, offset, cipher, box                                                |
-| expansion         | target, source, nbytes, offset, states, rcon, box                                          |
-| expansion_chain   | states, segments, rcon                                                                     |
-| expansion_indexed | target, source, groups, states, rcon, box                                                  |
-| substitute        | target, source, nbytes, box                                                                |
-| xor               | target, nbytes, value                                                                      |
+| operation          | arguments                                                                          |
+|--------------------|------------------------------------------------------------------------------------|
+| counter            | target, source, nbytes, offset, key, rcon, box                                     |
+| counter_past_cache | the same; for large separate buffers, target a multiple of 64 and offset of 16     |
+| counter_list       | records, count, rcon, box                                                          |
+| expansion          | target, source, nbytes, offset, states, rcon, box                                  |
+| expansion_chain    | states, segments, rcon                                                             |
+| expansion_indexed  | target, source, groups, states, rcon, box                                          |
+| substitute         | target, source, nbytes, box                                                        |
+| xor                | target, nbytes, value                                                              |
 
-`target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream.
-`cipher` points to the AES round keys in order, then the 16 bytes of the counter's start. `states` points to
-saved states of the chain: `expansion` starts from the first one, at the segment start that its `offset`
-counts from; `expansion_chain` starts there too and writes the next `segments` states after it;
-`expansion_indexed` reads four a group and works on whole segments. `rcon` points to `RCON_WORDS` + `RCON_START`. `box`
-points to the parameters of the S-Box in the kernel's form.
+`target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream. `key`
+points to the AES key and, right behind it, the 16 bytes of the counter's start. A record is five integers: target,
+source, nbytes, offset and key, each as for `counter`.
+
+`states` points to saved states of the chain: `expansion` starts from the first one, at the segment start that its
+`offset` counts from; `expansion_chain` starts there too and writes the next `segments` states after it;
+`expansion_indexed` reads four a group and works on whole segments.
+
+`rcon` points to `RCON_WORDS` + `RCON_START`. `box` points to the parameters of the S-Box in the kernel's form.
 """
 
 from __future__ import annotations
@@ -24,7 +29,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ARITY = {
-    "counter": 6,
+    "counter": 7,
+    "counter_past_cache": 7,
+    "counter_list": 4,
     "expansion": 7,
     "expansion_chain": 3,
     "expansion_indexed": 6,
@@ -35,6 +42,7 @@ ARITY = {
 SEGMENT_ROUNDS = 4080  # a multiple of 51, Rcon's period, so that every segment starts with the same Rcon
 SEGMENTS_PER_GROUP = 4
 RCON_PERIOD = 51
+RECORD_BYTES = 40
 RCON_START = 4
 
 
@@ -73,15 +81,19 @@ class KernelName(NamedTuple):
         return "_".join(str(part) for part in self if part)
 
 
+# A form that is one S-Box alone is of use in one direction.
+_DIRECTIONS = {"aes": ("lock",), "aes_inverse": ("unlock",)}
+
+
 def every_name(forms: tuple[str, ...]) -> list[KernelName]:
-    """List all the kernels of a tier that has these S-Box forms."""
+    """List the kernels that a tier with these S-Box forms uses for the named S-Boxes."""
     names = [KernelName("xor"), *(KernelName("expansion_chain", bits) for bits in (128, 192, 256))]
     for form in forms:
         names.append(KernelName("substitute", form=form))
         names += [
             KernelName(operation, bits, form, direction)
-            for operation in ("counter", "expansion", "expansion_indexed")
+            for operation in ("counter", "counter_past_cache", "counter_list", "expansion", "expansion_indexed")
             for bits in (128, 192, 256)
-            for direction in ("lock", "unlock")
+            for direction in _DIRECTIONS.get(form, ("lock", "unlock"))
         ]
     return names

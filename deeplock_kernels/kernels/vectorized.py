@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from deeplock_kernels.kernels.chains import BARE_CHAINS, CHAINS
+from deeplock_kernels.kernels.chains import BARE_CHAINS, CHAINS, round_keys
 from deeplock_kernels.kernels.house import inlined
+from deeplock_kernels.kernels.memory import make_counter_list
 from deeplock_kernels.kernels.signatures import (
     RCON_PERIOD,
     SEGMENT_ROUNDS,
@@ -25,12 +26,13 @@ from deeplock_kernels.simd.vectors import (
     concatenate,
     copy,
     counter_blocks,
+    fence,
     load,
-    make_load_blocks,
     make_scratch,
     prefetch,
     splat,
     store,
+    store_past_cache,
     transpose,
     u8x64,
 )
@@ -50,7 +52,7 @@ def next_doubling(doubling, rounds):
     return doubling - RCON_PERIOD if doubling >= RCON_PERIOD else doubling
 
 
-def _put(tier: Any, name: KernelName) -> Any:
+def _put(tier: Any, name: KernelName, store: Any = store) -> Any:
     """Make the function that locks or unlocks 64 bytes with 64 bytes of key stream."""
     _, apply = tier.FORMS[name.form]
 
@@ -70,14 +72,14 @@ def _put(tier: Any, name: KernelName) -> Any:
 def _counter(tier: Any, name: KernelName) -> Any:
     put, encrypt = _put(tier, name), tier.encrypt
     load_box = tier.FORMS[name.form][0]
-    round_keys = name.bits // 32 + 7
-    load_keys = make_load_blocks(round_keys)
+    expand = round_keys(name.bits, tier.aes_last_round)
+    key_bytes = name.bits // 8
     scratch = make_scratch(256)
 
-    def counter(target, source, nbytes, offset, cipher, box_address):
-        keys = load_keys(cipher)
+    def counter(target, source, nbytes, offset, key, rcon, box_address):
+        keys = expand(key, rcon)
         box = load_box(box_address)
-        start = cipher + 16 * round_keys
+        start = key + key_bytes
         part = scratch()
         block, skip = offset >> 4, offset & 15
         while nbytes > 0:
@@ -100,6 +102,33 @@ def _counter(tier: Any, name: KernelName) -> Any:
             nbytes -= taken
 
     return counter
+
+
+def _counter_past_cache(tier: Any, name: KernelName) -> Any:
+    """Make the counter kernel for large separate buffers, which starts at a whole block and an aligned target."""
+    counter, put = inlined(_counter(tier, name)), _put(tier, name, store_past_cache)
+    encrypt, load_box = tier.encrypt, tier.FORMS[name.form][0]
+    expand = round_keys(name.bits, tier.aes_last_round)
+    key_bytes = name.bits // 8
+
+    def counter_past_cache(target, source, nbytes, offset, key, rcon, box_address):
+        keys = expand(key, rcon)
+        box = load_box(box_address)
+        whole = nbytes & ~255
+        for i in range(0, whole, 256):
+            stream = encrypt(counter_blocks(key + key_bytes, (offset + i) >> 4), keys)
+            put(target + i, source + i, stream[0], box)
+            put(target + i + 64, source + i + 64, stream[1], box)
+            put(target + i + 128, source + i + 128, stream[2], box)
+            put(target + i + 192, source + i + 192, stream[3], box)
+        fence()
+        counter(target + whole, source + whole, nbytes - whole, offset + whole, key, rcon, box_address)
+
+    return counter_past_cache
+
+
+def _counter_list(tier: Any, name: KernelName) -> Any:
+    return make_counter_list(inlined(_counter(tier, name)))
 
 
 def _expansion(tier: Any, name: KernelName) -> Any:
@@ -237,6 +266,8 @@ def _xor(_tier: Any, _name: KernelName) -> Any:
 
 _BUILDERS = {
     "counter": _counter,
+    "counter_list": _counter_list,
+    "counter_past_cache": _counter_past_cache,
     "expansion": _expansion,
     "expansion_chain": _expansion_chain,
     "expansion_indexed": _expansion_indexed,

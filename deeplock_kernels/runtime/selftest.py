@@ -73,14 +73,41 @@ def _plain(nbytes: int) -> bytes:
 
 def _check_counter(name: KernelName, function: Callable[..., None]) -> bool:
     key = _KEY[: name.bits // 8]
-    words = reference.expand_key(key, name.bits // 8 + 28)
-    cipher = b"".join(word.to_bytes(4, "big") for word in words) + _START
+    both = key + _START
     table, box = _box(name)
     data = ctypes.create_string_buffer(_plain(_NBYTES))
     address = ctypes.addressof(data)
-    function(address, address, _NBYTES, _OFFSET, _address(cipher), _address(box))
+    function(address, address, _NBYTES, _OFFSET, _address(both), _address(RCON_WORDS) + RCON_START, _address(box))
     stream = reference.counter_keystream(key, _START, _NBYTES, _OFFSET)
     return data.raw == _expected(name, table, _plain(_NBYTES), stream) + b"\0"
+
+
+def _check_counter_list(name: KernelName, function: Callable[..., None]) -> bool:
+    table, box = _box(name)
+    length = name.bits // 8
+    keys = [_KEY[:length] + _START, _KEY[-length:] + bytes(16)]
+    data = ctypes.create_string_buffer(_plain(_NBYTES))
+    address, half = ctypes.addressof(data), _NBYTES // 2
+    records = (ctypes.c_int64 * 10)(
+        *(address, address, half, _OFFSET, _address(keys[0])),
+        *(address + half, address + half, half, 0, _address(keys[1])),
+    )
+    function(ctypes.addressof(records), 2, _address(RCON_WORDS) + RCON_START, _address(box))
+    stream = reference.counter_keystream(keys[0][:length], _START, half, _OFFSET)
+    stream += reference.counter_keystream(keys[1][:length], bytes(16), half)
+    return data.raw == _expected(name, table, _plain(_NBYTES), stream) + b"\0"
+
+
+def _check_counter_past_cache(name: KernelName, function: Callable[..., None]) -> bool:
+    key = _KEY[: name.bits // 8]
+    both = key + _START
+    table, box = _box(name)
+    room = ctypes.create_string_buffer(2 * 4096)
+    plain = _plain(1000)
+    target = ctypes.addressof(room) + -ctypes.addressof(room) % 64
+    function(target, _address(plain), 1000, 16, _address(both), _address(RCON_WORDS) + RCON_START, _address(box))
+    stream = reference.counter_keystream(key, _START, 1000, 16)
+    return ctypes.string_at(target, 1001) == _expected(name, table, plain, stream) + b"\0"
 
 
 def _check_expansion(name: KernelName, function: Callable[..., None]) -> bool:
@@ -138,6 +165,8 @@ def _address(data: bytes) -> int:
 
 _CHECKS: dict[str, Callable[[KernelName, Callable[..., None]], bool]] = {
     "counter": _check_counter,
+    "counter_list": _check_counter_list,
+    "counter_past_cache": _check_counter_past_cache,
     "expansion": _check_expansion,
     "expansion_chain": _check_expansion_chain,
     "expansion_indexed": _check_expansion_indexed,

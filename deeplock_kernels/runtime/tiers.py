@@ -10,6 +10,8 @@ import ctypes
 import functools
 import importlib
 import os
+import platform
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +19,11 @@ from types import TracebackType
 from typing import Any
 
 from deeplock_kernels.errors import KernelError, UnknownNameError, UnsupportedTierError
-from deeplock_kernels.kernels.signatures import KernelName
+from deeplock_kernels.kernels.signatures import KernelName, every_name
 from deeplock_kernels.runtime import codecache, pool, selftest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tier:
     """One way to run the kernels.
 
@@ -70,11 +72,12 @@ TIERS = (
         "avx512",
         "AVX-512 BW and VBMI, GFNI, VAES",
         "avx512f avx512bw avx512dq avx512vl avx512vbmi gfni vaes aes bmi2",
-        "identity affine table",
+        "identity aes aes_inverse affine table",
         16_000,
     ),
-    _tier("gfni", "AVX2, GFNI, VAES", "avx2 gfni vaes aes bmi2", "identity affine table", 12_000),
+    _tier("gfni", "AVX2, GFNI, VAES", "avx2 gfni vaes aes bmi2", "identity aes aes_inverse affine table", 12_000),
     _tier("avx2", "AVX2, AES-NI", "avx2 aes bmi2", "identity aes aes_inverse table", 6_000),
+    _tier("neon", "AArch64 AES and TBL", "neon aes", "identity aes aes_inverse table", 3_000),
     _tier("portable", "plain code, tables in memory", "", "identity table", 200, constant_time=False),
 )
 
@@ -93,6 +96,8 @@ def host_features() -> frozenset[str]:
     """
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return frozenset()
+    if platform.machine() in ("aarch64", "arm64"):
+        return _aarch64_features()
     from llvmlite import binding as llvm
 
     try:
@@ -108,6 +113,19 @@ def host_features() -> frozenset[str]:
     if os.environ.get("NUMBA_ENABLE_AVX", "1") == "0":
         features = {name for name in features if not name.startswith("avx")}
     return frozenset(features)
+
+
+def _aarch64_features() -> frozenset[str]:
+    """Ask the system (getauxval, AT_HWCAP) instead of LLVM, which finds nothing under an emulator."""
+    if sys.platform == "darwin":
+        return frozenset(("neon", "aes"))
+    try:
+        getauxval = ctypes.CDLL(None).getauxval
+        getauxval.restype = ctypes.c_ulong
+        capabilities = getauxval(16)
+    except (AttributeError, OSError):
+        return frozenset()
+    return frozenset(name for name, bit in (("neon", 1), ("aes", 3)) if capabilities >> bit & 1)
 
 
 def tiers() -> tuple[Tier, ...]:
@@ -198,6 +216,37 @@ def kernel(tier: Tier, name: KernelName) -> Callable[..., None]:
             selftest.check(tier.name, name, found)
             _kernels[tier.name, name] = found
         return found
+
+
+def warmup(tier: str | None = None, progress: Callable[[int], object] | None = None) -> int:
+    """Compile or load, and test, every kernel of a tier, so that no later call has to.
+
+    Servers do this before they fork, image builders to fill a cache that can be shipped read-only.
+
+    Parameters
+    ----------
+    tier
+        Its name; None for the one in use.
+    progress
+        Called with 1 after each kernel.
+
+    Returns
+    -------
+    int
+        How many kernels there are.
+
+    Raises
+    ------
+    UnknownNameError, UnsupportedTierError
+        There is no such tier, or this machine cannot run it.
+    """
+    chosen = active_tier() if tier is None else _find(tier, "tier")
+    names = every_name(chosen.forms)
+    for name in names:
+        kernel(chosen, name)
+        if progress is not None:
+            progress(1)
+    return len(names)
 
 
 def _load(tier: Tier, name: KernelName) -> Callable[..., None]:

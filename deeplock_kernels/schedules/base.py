@@ -11,10 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from deeplock_kernels.errors import KeyTypeError, KeyWipedError, ParameterError
+from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS
 from deeplock_kernels.runtime.pool import Call, resolve_threads
 from deeplock_kernels.transform import IDENTITY, Transform
 
 MAX_OFFSET = 2**63
+_RCON = ctypes.create_string_buffer(RCON_WORDS, len(RCON_WORDS))
+RCON_ADDRESS = ctypes.addressof(_RCON) + RCON_START
 
 
 class Schedule(ABC):

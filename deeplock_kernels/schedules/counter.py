@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Sequence
 
 from deeplock_kernels.errors import KeyFormatError, KeyTypeError
+from deeplock_kernels.kernels.signatures import RECORD_BYTES
 from deeplock_kernels.keys import MasterKey, key_bytes
 from deeplock_kernels.runtime.pool import Call
-from deeplock_kernels.schedules.base import Schedule
-from deeplock_kernels.schedules.expansion import round_key_bytes
+from deeplock_kernels.schedules.base import RCON_ADDRESS, Schedule
 from deeplock_kernels.transform import Transform
+
+_PAST_CACHE = 16 << 20  # bytes from which on separate output is better written past the caches
 
 
 class CounterSchedule(Schedule):
@@ -44,23 +48,78 @@ class CounterSchedule(Schedule):
         if len(start) != 16:
             raise KeyFormatError(f"iv: got {len(start)} bytes, accepted are 16")
         super().__init__(len(secret) * 8)
-        cipher = round_key_bytes(secret) + start
-        self._cipher = ctypes.create_string_buffer(cipher, len(cipher))
-        self._address = ctypes.addressof(self._cipher)
+        self._key = ctypes.create_string_buffer(secret + start, len(secret) + 16)
+        self._address = ctypes.addressof(self._key)
 
     def _secrets(self) -> list[ctypes.Array[ctypes.c_char]]:
-        return [self._cipher]
+        return [self._key]
+
+    def run(self, transform: Transform, address: int, nbytes: int, offset: int) -> None:
+        """Transform a few bytes in place, by one call of the kernel."""
+        if self._wiped:
+            self.ready()
+        function = transform.kernel("counter", self.bits)
+        function(address, address, nbytes, offset, self._address, RCON_ADDRESS, transform.box)
 
     def calls(
         self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int
     ) -> list[Call]:
         """Plan the kernel calls; see `Schedule.calls`."""
         self.ready()
-        function = transform.kernel("counter", self.bits)
+        operation, head = "counter", 0
+        if target != source and nbytes >= _PAST_CACHE and (target - offset) % 16 == 0:
+            operation, head = "counter_past_cache", -target % 64
+        starts = [0, *range(head, nbytes, piece)] if head else list(range(0, nbytes, piece))
+        calls = []
+        for start, stop in zip(starts, [*starts[1:], nbytes], strict=True):
+            function = transform.kernel("counter" if start < head else operation, self.bits)
+            where = (target + start, source + start, stop - start, offset + start)
+            calls.append(Call(function, (*where, self._address, RCON_ADDRESS, transform.box)))
+        return calls
+
+
+class CounterList:
+    """Many buffers, each with a key and iv of its own, for one native call to work through.
+
+    Parameters
+    ----------
+    blocks
+        Address and number of bytes of each.
+    keys
+        The key and iv of each, one behind the other.
+    bits
+        The length of every key.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[int, int]], keys: Sequence[bytes], bits: int) -> None:
+        self._blocks, self._bits = blocks, bits
+        joined = b"".join(keys)
+        self._keys = ctypes.create_string_buffer(joined, len(joined))
+        self._records = array("q")
+
+    def calls(self, transform: Transform, piece: int) -> list[Call]:
+        """Plan the kernel calls that transform all of them in place, each on about `piece` bytes."""
+        key, stride = ctypes.addressof(self._keys), self._bits // 8 + 16
+        records, ends, size = array("q"), [], 0
+        for address, nbytes in self._blocks:
+            for start in range(0, nbytes, piece):
+                length = min(piece, nbytes - start)
+                records.extend((address + start, address + start, length, start, key))
+                size += length
+                if size >= piece:
+                    ends.append(len(records))
+                    size = 0
+            key += stride
+        if size:
+            ends.append(len(records))
+        self._records = records
+        where, width = records.buffer_info()[0], RECORD_BYTES // 8
+        function = transform.kernel("counter_list", self._bits)
         return [
-            Call(
-                function,
-                (target + i, source + i, min(piece, nbytes - i), offset + i, self._address, transform.box),
-            )
-            for i in range(0, nbytes, piece)
+            Call(function, (where + 8 * first, (last - first) // width, RCON_ADDRESS, transform.box))
+            for first, last in zip([0, *ends], ends, strict=False)
         ]
+
+    def wipe(self) -> None:
+        """Fill the keys with zeros."""
+        ctypes.memset(self._keys, 0, len(self._keys))

@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from deeplock_kernels.errors import ParameterError
 from deeplock_kernels.kernels.signatures import (
-    RCON_START,
-    RCON_WORDS,
     SEGMENTS_PER_GROUP,
     KernelName,
     segment_bytes,
@@ -20,12 +18,9 @@ from deeplock_kernels.kernels.signatures import (
 from deeplock_kernels.keys import MasterKey, key_bytes
 from deeplock_kernels.runtime import pool, tiers
 from deeplock_kernels.runtime.pool import Call
-from deeplock_kernels.sboxes import AES
-from deeplock_kernels.schedules.base import Schedule, check_integer
+from deeplock_kernels.schedules.base import RCON_ADDRESS, Schedule, check_integer
 from deeplock_kernels.transform import Transform
 
-_RCON = ctypes.create_string_buffer(RCON_WORDS, len(RCON_WORDS))
-_RCON_ADDRESS = ctypes.addressof(_RCON) + RCON_START
 _SEGMENTS_PER_BLOCK = 1024  # of saved states that are allocated together; a multiple of the group
 _SEGMENTS_PER_RUN = 256  # of chain between two chances to interrupt it, about 2 ms
 
@@ -63,32 +58,6 @@ def expand_key(key: bytes | bytearray | memoryview | MasterKey, words: int) -> n
         with ExpansionSchedule(secret) as schedule:
             stream = schedule.keystream(4 * count - len(secret)).tobytes()
     return np.frombuffer((secret + stream)[: 4 * count], ">u4").astype(np.uint32)
-
-
-def round_key_bytes(key: bytes) -> bytes:
-    """Give AES's round keys in a row; for so few words plain Python is faster than setting up a kernel call."""
-    length = len(key) // 4
-    words = [int.from_bytes(key[i : i + 4], "big") for i in range(0, len(key), 4)]
-    table, rcon = AES.table, 1
-    for i in range(length, 4 * (length + 7)):
-        w = words[-1]
-        if i % length == 0:
-            w = (
-                (table[(w >> 16) & 255] ^ rcon) << 24
-                | table[(w >> 8) & 255] << 16
-                | table[w & 255] << 8
-                | table[w >> 24]
-            )
-            rcon = (rcon << 1) ^ (0x11B if rcon & 0x80 else 0)
-        elif length == 8 and i % 8 == 4:
-            w = (
-                table[w >> 24] << 24
-                | table[(w >> 16) & 255] << 16
-                | table[(w >> 8) & 255] << 8
-                | table[w & 255]
-            )
-        words.append(words[i - length] ^ w)
-    return b"".join(w.to_bytes(4, "big") for w in words)
 
 
 class ExpansionSchedule(Schedule):
@@ -154,7 +123,7 @@ class ExpansionSchedule(Schedule):
                 if count <= 0:
                     return
                 chain = tiers.kernel(tiers.active_tier(), KernelName("expansion_chain", self.bits))
-                chain(self._state(first), count, _RCON_ADDRESS)
+                chain(self._state(first), count, RCON_ADDRESS)
                 after = first + count
                 if after % _SEGMENTS_PER_BLOCK == 0:
                     self._allocate(after)
@@ -187,12 +156,12 @@ class ExpansionSchedule(Schedule):
             if groups:
                 length = groups * group
                 function = transform.kernel("expansion_indexed", self.bits)
-                arguments: tuple[int, ...] = (t, s, groups, states, _RCON_ADDRESS, transform.box)
+                arguments: tuple[int, ...] = (t, s, groups, states, RCON_ADDRESS, transform.box)
                 last = segment + groups * SEGMENTS_PER_GROUP - 1
             else:
                 length = min(nbytes - done, group - (offset + done) % group)
                 function = transform.kernel("expansion", self.bits)
-                arguments = (t, s, length, skip, states, _RCON_ADDRESS, transform.box)
+                arguments = (t, s, length, skip, states, RCON_ADDRESS, transform.box)
                 last = segment
             calls.append(Call(function, arguments, partial(self._reach, last)))
             done += length

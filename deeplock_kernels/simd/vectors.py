@@ -206,6 +206,27 @@ def store(typingctx, address, value):
 
 
 @intrinsic
+def store_past_cache(typingctx, address, value):
+    """Store a vector at an aligned address without reading its cache line first; `fence` has to follow in the end."""
+
+    def generate(_context, builder, _signature, values):
+        stored = builder.store(values[1], pointer(builder, values[0], values[1].type), align=values[1].type.count)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+
+    return types.void(address, value), generate
+
+
+@intrinsic
+def fence(typingctx):
+    """Make all stores before visible before any after."""
+
+    def generate(_context, builder, _signature, _values):
+        builder.fence("seq_cst")
+
+    return types.void(), generate
+
+
+@intrinsic
 def store_word(typingctx, address, value):
     """Store the first 4 bytes of a vector at any address."""
 
@@ -302,6 +323,16 @@ def select_negative(builder: Any, x: Any, a: Any, b: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------ AES blocks
+
+
+# FIPS 197 sections 5.1.2 and 5.3.2, as the index that each byte of a block is taken from.
+SHIFT_ROWS = (0, 5, 10, 15, 4, 9, 14, 3, 8, 13, 2, 7, 12, 1, 6, 11)
+INVERSE_SHIFT_ROWS = (0, 13, 10, 7, 4, 1, 14, 11, 8, 5, 2, 15, 12, 9, 6, 3)
+
+
+def in_blocks(builder: Any, value: Any, indices: Sequence[int]) -> Any:
+    """Move the bytes of each 16-byte block alike."""
+    return permute(builder, value, value, [i - i % BLOCK + indices[i % BLOCK] for i in range(value.type.count)])
 
 
 @intrinsic

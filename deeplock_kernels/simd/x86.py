@@ -14,7 +14,19 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from deeplock_kernels.simd.vectors import byte, constant, join, operation, permute, pointer, quad, split
+from deeplock_kernels.simd.vectors import (
+    INVERSE_SHIFT_ROWS,
+    SHIFT_ROWS,
+    byte,
+    constant,
+    in_blocks,
+    join,
+    operation,
+    permute,
+    pointer,
+    quad,
+    split,
+)
 
 
 class Instruction(NamedTuple):
@@ -34,6 +46,8 @@ INSTRUCTIONS = {
     "aesenc_128": _row("llvm.x86.aesni.aesenc", 16, "aes", 64),
     "aesenclast_128": _row("llvm.x86.aesni.aesenclast", 16, "aes", 64),
     "aesdeclast_128": _row("llvm.x86.aesni.aesdeclast", 16, "aes", 64),
+    "aesdeclast_256": _row("llvm.x86.aesni.aesdeclast.256", 32, "vaes avx2", 64),
+    "aesdeclast_512": _row("llvm.x86.aesni.aesdeclast.512", 64, "vaes avx512f", 64),
     "aesenc_256": _row("llvm.x86.aesni.aesenc.256", 32, "vaes avx2", 64),
     "aesenclast_256": _row("llvm.x86.aesni.aesenclast.256", 32, "vaes avx2", 64),
     "aesenc_512": _row("llvm.x86.aesni.aesenc.512", 64, "vaes avx512f", 64),
@@ -129,24 +143,20 @@ def permute_two(builder: Any, indices: Any, a: Any, b: Any) -> Any:
     return call(builder, "vpermi2b_512", (a, indices, b))
 
 
-# InvShiftRows, so that AESENCLAST's ShiftRows puts each byte back where it was (FIPS 197 section 5.3.1), and
-# its inverse.
-_INVERSE_SHIFT_ROWS = [0, 13, 10, 7, 4, 1, 14, 11, 8, 5, 2, 15, 12, 9, 6, 3]
-_SHIFT_ROWS = [0, 5, 10, 15, 4, 9, 14, 3, 8, 13, 2, 7, 12, 1, 6, 11]
+def aes_substitutions(width: int) -> tuple[Any, Any]:
+    """Give SubBytes and InvSubBytes in registers of `width` bits.
 
+    AESENCLAST and AESDECLAST move bytes as well: what they will undo is done before.
+    """
 
-def _blockwise(row: str, order: Sequence[int]) -> Any:
-    @operation(1)
-    def substitute(builder: Any, x: Any) -> Any:
-        count = x.type.count
-        moved = permute(builder, x, x, [i - i % 16 + order[i % 16] for i in range(count)])
-        return widened(row, (moved, constant([0], count)), builder)
+    def substitution(row: str, order: Sequence[int]) -> Any:
+        @operation(1)
+        def substitute(builder: Any, x: Any) -> Any:
+            return widened(f"{row}_{width}", (in_blocks(builder, x, order), constant([0], x.type.count)), builder)
 
-    return substitute
+        return substitute
 
-
-aes_substitute = _blockwise("aesenclast_128", _INVERSE_SHIFT_ROWS)
-aes_substitute_inverse = _blockwise("aesdeclast_128", _SHIFT_ROWS)
+    return substitution("aesenclast", INVERSE_SHIFT_ROWS), substitution("aesdeclast", SHIFT_ROWS)
 
 
 @intrinsic
