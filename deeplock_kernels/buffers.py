@@ -127,6 +127,29 @@ def _tensor_memory(tensor: Any, argument: str, writable: bool) -> Memory:
     return Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor)
 
 
+def extent(data: object, argument: str = "data") -> Memory:
+    """Give the range of memory from the first to the last byte of an array, tensor or buffer, gaps included.
+
+    Raises
+    ------
+    BufferTypeError
+        It is no memory, holds Python objects, or lies on another device.
+    """
+    try:
+        return memory(data, argument)
+    except BufferLayoutError:
+        pass
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(data, torch.Tensor):
+        storage = data.untyped_storage()
+        return Memory(storage.data_ptr(), storage.nbytes(), data)
+    array = np.asarray(data if isinstance(data, np.ndarray) else memoryview(data))  # type: ignore[arg-type]
+    first = array.__array_interface__["data"][0]
+    reaches = [(count - 1) * stride for count, stride in zip(array.shape, array.strides, strict=True)]
+    low, high = sum(min(reach, 0) for reach in reaches), sum(max(reach, 0) for reach in reaches)
+    return Memory(first + low, high - low + array.itemsize if array.size else 0, array)
+
+
 def note_written(data: object) -> None:
     """Tell autograd that a tensor's memory was changed, so that it refuses stale values."""
     torch = sys.modules.get("torch")

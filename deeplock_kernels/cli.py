@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, WRONG_KEY)
     except DeepLockError as error:
         return _complain(error, FAILED)
+    except MemoryError:
+        return _complain("there is not enough memory; give a smaller size, or close other programs", FAILED)
     except KeyboardInterrupt:
         print("deeplock: interrupted; nothing was changed", file=sys.stderr)
         return INTERRUPTED
@@ -48,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _complain(error: Exception, code: int) -> int:
-    print(f"deeplock: error: {error}", file=sys.stderr)
+def _complain(error: object, code: int) -> int:
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f"deeplock: error: {line}", file=sys.stderr)
     return code
 
 

@@ -125,9 +125,11 @@ class _Reader:
         if not isinstance(text, str):
             raise HeaderError(f"header: got {type(text).__name__}, accepted is JSON text")
         try:
+            text.encode()  # a lone surrogate is no text
             value = json.loads(
                 text,
                 object_pairs_hook=self._unique,
+                parse_int=self._whole_number,
                 parse_float=self._no_number,
                 parse_constant=self._no_number,
             )
@@ -161,33 +163,41 @@ class _Reader:
         for name, entry in value.items():
             where = f"tensors[{_shown(name)}]"
             fields = self._fields(entry, where, {"bytes"}, {"start", "same_as", "seal"})
-            same_as = fields.get("same_as")
-            if same_as is not None and ("start" in fields or "seal" in fields):
-                raise HeaderError(
-                    f"{where}: got same_as beside start or seal; those belong to the tensor it names"
-                )
-            if same_as is None and ("start" in fields) != (schedule == "expansion"):
+            if "same_as" in fields and fields.keys() & {"start", "seal"}:
+                raise HeaderError(f"{where}: got same_as beside start or seal; those belong to the tensor it names")
+            if "same_as" not in fields and ("start" in fields) != (schedule == "expansion"):
                 raise HeaderError(f"{where}: start belongs to the expansion schedule, and only to it")
+            if "same_as" in fields and not isinstance(fields["same_as"], str):
+                raise self._refusal(f"{where}.same_as", fields["same_as"], "the name of a tensor")
             records[name] = TensorRecord(
                 nbytes=self._integer(fields["bytes"], f"{where}.bytes"),
                 start=self._integer(fields["start"], f"{where}.start") if "start" in fields else None,
-                same_as=same_as,
+                same_as=fields.get("same_as"),
                 seal=self._hex(fields["seal"], f"{where}.seal", SEAL_BYTES) if "seal" in fields else None,
             )
         for name, record in records.items():
-            if record.same_as is None:
-                if record.start is not None and record.start + record.nbytes > _LARGEST:
+            if record.same_as is not None:
+                other = records.get(record.same_as)
+                if other is None or other.same_as is not None or other.nbytes != record.nbytes:
                     raise HeaderError(
-                        f"tensors[{_shown(name)}].start: got {record.start}, its end is past 2^63"
+                        f"tensors[{_shown(name)}].same_as: got {_shown(record.same_as)}, accepted is the name of "
+                        "a tensor of the same length that has no same_as itself"
                     )
-                continue
-            other = records.get(record.same_as) if isinstance(record.same_as, str) else None
-            if other is None or other.same_as is not None or other.nbytes != record.nbytes:
-                raise HeaderError(
-                    f"tensors[{_shown(name)}].same_as: got {_shown(record.same_as)}, accepted is the name of a tensor "
-                    "of the same length that has no same_as itself"
-                )
+        self._check_starts(records)
         return MappingProxyType(records)
+
+    def _check_starts(self, records: Mapping[str, TensorRecord]) -> None:
+        # One after the other from 0 on: so no key byte is used twice, and none is paid for in vain.
+        starts = sorted(
+            (record.start, record.nbytes, name) for name, record in records.items() if record.start is not None
+        )
+        expected = 0
+        for start, nbytes, name in starts:
+            if start != expected:
+                raise self._refusal(f"tensors[{_shown(name)}].start", start, f"{expected}, the end of the one before")
+            expected += nbytes
+            if expected > _LARGEST:
+                raise HeaderError(f"tensors[{_shown(name)}].bytes: got {nbytes}, its end is past 2^63 - 1")
 
     def _sbox(self, value: Any) -> str | Mapping[str, str]:
         if isinstance(value, str):
@@ -217,8 +227,14 @@ class _Reader:
         for key, value in pairs:
             if key in fields:
                 raise HeaderError(f"header: got {_shown(key)} twice, accepted is each field once")
+            key.encode()
             fields[key] = value
         return fields
+
+    def _whole_number(self, text: str) -> int:
+        if text == "-0" or len(text) > 20:
+            self._no_number(text)
+        return int(text)
 
     def _no_number(self, text: str) -> Any:
         raise HeaderError(f"header: got the number {_shown(text)}, accepted are whole numbers")

@@ -9,7 +9,7 @@ import numpy as np
 
 from deeplock_kernels import buffers
 from deeplock_kernels.errors import BufferTypeError, UnknownNameError
-from deeplock_kernels.runtime.pool import Call, resolve_threads
+from deeplock_kernels.runtime.pool import Call, resolve_threads, run_one
 from deeplock_kernels.runtime.tiers import active_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, Schedule
@@ -135,7 +135,7 @@ def _apply(
             except (TypeError, ValueError, BufferError):
                 address = 0  # read-only, with gaps, or of a dtype without a buffer: the long way says what is wrong
             if address and 0 <= offset <= MAX_OFFSET - nbytes:
-                schedule.run(transform, address, nbytes, offset)
+                run_one(schedule.call(transform, address, nbytes, offset), transform.revert)
                 return data
     source = buffers.memory(data)
     if schedule is not None and not isinstance(schedule, Schedule):
@@ -165,6 +165,6 @@ def _apply(
         ]
     else:
         calls = schedule.calls(transform, target.address, source.address, source.nbytes, offset, piece)
-    transform.run(calls, count, in_place=target.address == source.address)
     buffers.note_written(result)
+    transform.run(calls, count, in_place=target.address == source.address)
     return result

@@ -12,7 +12,6 @@ from typing import Any
 from deeplock_kernels import buffers
 from deeplock_kernels.buffers import Memory
 from deeplock_kernels.errors import (
-    BufferLayoutError,
     BufferTypeError,
     HeaderError,
     OverlapError,
@@ -86,9 +85,9 @@ def lock_tensors(
     chosen = select(names, only)
     storages = _storages(tensors, chosen)
     header = lock.header({name: (block.nbytes, same_as) for name, (block, same_as) in storages.items()})
-    _run(lock, header, storages, "lock", count)
     for name in chosen:
         buffers.note_written(tensors[name])
+    _run(lock, header, storages, "lock", count)
     return header
 
 
@@ -150,9 +149,9 @@ def unlock_tensors(
             raise OverlapError(
                 f"tensors[{name!r}]: got the memory of {same_as!r}, which was locked as another tensor; give it its own"
             )
-    _run(lock, header, storages, "unlock", count)
     for name in header.tensors:
         buffers.note_written(tensors[name])
+    _run(lock, header, storages, "unlock", count)
 
 
 def unlock_tensor(
@@ -342,7 +341,7 @@ def select(names: Iterable[str], only: Selection) -> list[str]:
     if callable(only):
         chosen = [name for name in names if only(name)]
     else:
-        patterns = [only] if isinstance(only, str) else list(only)
+        patterns = [only] if isinstance(only, str) else list(only) if isinstance(only, Iterable) else [None]
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise ParameterError(
                 "only: accepted are a glob pattern, several of them, or a function of the name"
@@ -400,8 +399,8 @@ def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[
     others = {}
     for name in tensors.keys() - blocks.keys():
         try:
-            others[name] = buffers.memory(tensors[name])
-        except (BufferTypeError, BufferLayoutError):
+            others[name] = buffers.extent(tensors[name])
+        except BufferTypeError:
             continue  # what is not locked need not be lockable
     first: dict[tuple[int, int], str] = {}
     storages: dict[str, tuple[Memory, str | None]] = {}

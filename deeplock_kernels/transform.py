@@ -63,15 +63,9 @@ class Transform:
 
     def run(self, calls: Sequence[Call], threads: int, *, in_place: bool) -> None:
         """Run planned calls; if that fails half way, take back what was done in place."""
-        if len(calls) == 1:
-            call = calls[0]
-            if call.before is not None:
-                call.before()
-            call.function(*call.arguments)
-            return
-        pool.run(calls, threads, self._revert if in_place else None)
+        pool.run(calls, threads, self.revert if in_place else None)
 
-    def _revert(self, finished: Call) -> Call:
+    def revert(self, finished: Call) -> Call:
         """Give the call that takes back a finished one."""
         opposite = Transform.of(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)
         what = next(key for key, function in self._kernels.items() if function is finished.function)

@@ -1,19 +1,24 @@
-"""The package's own threads: they run lists of kernel calls, and the caller always helps.
+"""The package's own threads: they run lists of kernel calls to the end, or take back what they have done.
 
-A list of calls is finished, or on any exception (Ctrl-C too) undone: nobody can free a buffer under a running kernel,
-and nobody sees half a result. The pool is safe for many callers at once, for calls from a fork's child, and at
-interpreter exit; where no thread can be started, the caller does the work alone.
+An exception can come into Python's main thread between any two steps (Ctrl-C is one). So a list that is called from
+there is led by a thread of the pool, where none can, and the main thread only waits: nobody frees a buffer under a
+running kernel, and nobody sees half a result. Other threads lead their own lists. The pool is safe for many callers at
+once, for pieces that run pieces, in a fork's child, and at interpreter exit; where no thread is to be had the caller
+works alone.
 """
 
 from __future__ import annotations
 
+import logging  # noqa: F401 - so that its fork hook, registered before ours, takes its lock after ours
 import os
+import sys
 import threading
-import weakref
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import starmap
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from deeplock_kernels.errors import ParameterError
@@ -27,82 +32,182 @@ class Call(NamedTuple):
     before: Callable[[], None] | None = None
 
 
-class _Job:
-    """A list of calls that several threads take from."""
+Undo = Callable[[Call], Call]
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.waiting = deque(calls)
-        self.finished: list[tuple[Call, None]] = []
+
+class _Job:
+    """A list of calls that several threads take from, one of which leads.
+
+    Where two threads may race for a decision, each appends to a list and the first entry counts: that is one step, and
+    saying it again does no harm.
+    """
+
+    def __init__(self, calls: Sequence[Call], helpers: int, undo: Undo | None) -> None:
         self.error: BaseException | None = None
-        self._helpers = 0
+        self.complete = self.reverted = False
+        self.leads: list[object] = []
+        self.verdicts: list[bool] = []  # whether all was done; after a False everything is taken back
+        self.events: SimpleQueue[None] = SimpleQueue()
+        self._reverts: list[object] = []
+        self._waiting = deque(calls)
+        self._done: list[Call] = []
+        self._helpers, self._undo = helpers, undo
+        self._inside = 0
         self._closed = False
         self._state = threading.Condition()
 
-    def work(self) -> None:
-        """Run calls until none is left or one fails."""
+    def lead(self) -> None:
+        """Run the list with the pool's help, and undo it if it fails."""
+        if not _is_first(self.leads):
+            return
+        try:
+            _summon(self, self._helpers)
+            self._work()
+            with self._state:
+                self._closed = True
+                while self._inside:
+                    self._state.wait()
+        except BaseException as error:
+            self.error = self.error or error
+        self.verdicts.append(self.error is None)
+        if not self.verdicts[0]:
+            self.revert()
+        self.complete = True
+        self.events.put(None)
+
+    def revert(self) -> None:
+        """Undo what was done."""
+        if not _is_first(self._reverts):
+            return
+        try:
+            for call in reversed(self._done if self._undo is not None else ()):
+                back = self._undo(call)  # type: ignore[misc]
+                back.function(*back.arguments)
+        except BaseException as error:  # the caller has to know of this one
+            self.error = error
+        self.reverted = True
+        self.events.put(None)
+
+    def settle(self, error: BaseException) -> None:
+        """Stop the list for an exception that came into the waiting main thread, and wait until it is undone."""
+        self.error = self.error or error
+        self.verdicts.append(False)
+        self.leads.append(None)
+        if self.leads[0] is None:
+            return  # it was never begun, and now never will be
+        while not self.complete:
+            self.pause()
+        while self.verdicts[0] and not self.reverted:  # it was over before anybody noticed
+            if not _send(self.revert):
+                self.revert()
+            self.pause()
+
+    def pause(self) -> None:
+        """Wait for the next event, or a moment."""
+        with suppress(Empty):
+            self.events.get(timeout=0.1)
+
+    def help(self) -> None:
+        """Work beside the leader, unless it has closed the list already."""
+        with self._state:
+            if self._closed:
+                return
+            self._inside += 1
+        try:
+            self._work()
+        finally:
+            with self._state:
+                self._inside -= 1
+                self._state.notify_all()
+
+    def _work(self) -> None:
         while self.error is None:
             try:
-                call = self.waiting.popleft()
+                call = self._waiting.popleft()
             except IndexError:
                 return
             try:
                 if call.before is not None:
                     call.before()
-                # One step for the interpreter, so that no Ctrl-C comes between the kernel and the note that it ran.
-                self.finished.extend(zip((call,), starmap(call.function, (call.arguments,)), strict=False))
+                call.function(*call.arguments)
             except BaseException as error:
                 self.error = self.error or error
                 return
+            self._done.append(call)
 
-    def help(self) -> None:
-        """Work as a thread of the pool, unless the job is closed already."""
-        with self._state:
-            if self._closed:
+
+def _is_first(entries: list[object]) -> bool:
+    entry = object()
+    entries.append(entry)
+    return entries[0] is entry
+
+
+class _Threads:
+    """Threads that take from one queue. A None ends them all, also one that nobody knows of."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.known: list[threading.Thread] = []
+
+    def grow(self, count: int) -> None:
+        """Have at least `count` threads, as far as they are to be had."""
+        while len(self.known) < count:
+            thread = threading.Thread(target=_serve, args=(self.queue,), name="deeplock", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # at interpreter exit, or where no more threads are allowed
                 return
-            self._helpers += 1
-        try:
-            self.work()
-        finally:
-            with self._state:
-                self._helpers -= 1
-                self._state.notify_all()
+            self.known.append(thread)
 
-    def close(self) -> None:
-        """Let no helper in any more and wait for those inside."""
-        with self._state:
-            self._closed = True
-            while self._helpers:
-                self._state.wait()
+    def end(self) -> None:
+        """End all threads and wait until the system has forgotten them."""
+        self.queue.put(None)
+        for thread in self.known:
+            thread.join()
+        for thread in self.known:
+            task = f"/proc/self/task/{thread.native_id}"
+            limit = time.monotonic() + 0.1
+            while os.path.exists(task) and time.monotonic() < limit:
+                time.sleep(0)
 
 
-_queue: SimpleQueue[_Job | None] = SimpleQueue()
-_workers: list[threading.Thread] = []
+def _serve(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := queue.get()) is not None:
+        work()
+        del work
+    queue.put(None)
+
+
+_ATTEMPTS = 1000
 _lock = threading.Lock()
+_helpers, _leader = _Threads(), _Threads()
+_forking = False
 _chosen: int | None = None
 
 
-def _worker(queue: SimpleQueue[_Job | None]) -> None:
-    while (job := queue.get()) is not None:
-        job.help()
-        del job
-
-
-def _summon(count: int, job: _Job) -> None:
+def _summon(job: _Job, count: int) -> None:
     """Ask `count` threads of the pool to help with a job."""
+    if count:
+        with _lock:
+            if not _forking and not sys.is_finalizing():
+                _helpers.grow(count)
+                for _ in _helpers.known[:count]:
+                    _helpers.queue.put(job.help)
+
+
+def _send(work: Callable[[], None]) -> bool:
+    """Give work to the thread that does it for the main thread, if there is one."""
     with _lock:
-        while len(_workers) < count:
-            thread = threading.Thread(target=_worker, args=(_queue,), name="deeplock", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # at interpreter exit, or where no thread is left to be had
-                break
-            _workers.append(thread)
-        for _ in range(min(count, len(_workers))):
-            _queue.put(job)
+        if _forking or sys.is_finalizing():
+            return False
+        _leader.grow(1)
+        if _leader.known:
+            _leader.queue.put(work)
+        return bool(_leader.known)
 
 
-def run(calls: Sequence[Call], threads: int, undo: Callable[[Call], Call] | None = None) -> None:
-    """Run all calls on up to `threads` threads, the caller's included.
+def run(calls: Sequence[Call], threads: int, undo: Undo | None = None) -> None:
+    """Run all calls on up to `threads` threads.
 
     Parameters
     ----------
@@ -116,32 +221,49 @@ def run(calls: Sequence[Call], threads: int, undo: Callable[[Call], Call] | None
     Raises
     ------
     BaseException
-        The first exception of a `before`, or a KeyboardInterrupt, after all calls have stopped and been undone.
+        The first exception of a `before`, or one that came into the waiting main thread, when all calls have stopped
+        and been undone.
     """
-    job = _Job(calls)
-    try:
-        if threads > 1 and len(calls) > 1:
-            _summon(min(threads, len(calls)) - 1, job)
-        job.work()
-    except BaseException as error:
-        job.error = job.error or error
-    while True:
-        try:
-            job.close()
-            break
-        except BaseException as error:
-            job.error = job.error or error
-    if job.error is None:
+    if len(calls) == 1 and calls[0].before is None:
+        run_one(calls[0], undo)
         return
-    while undo is not None and job.finished:
-        try:
-            call = undo(job.finished[-1][0])
-            job.finished[-1:] = filter(
-                None, starmap(call.function, (call.arguments,))
-            )  # one step again: drops the last
-        except KeyboardInterrupt:
-            continue
-    raise job.error
+    job = _Job(calls, min(threads, len(calls)) - 1, undo)
+    if threading.current_thread() is threading.main_thread():
+        _lead_elsewhere(job)
+    else:
+        job.lead()
+    if job.error is not None:
+        raise job.error
+
+
+def run_one(call: Call, undo: Undo | None) -> None:
+    """Run one call here; an exception that comes before this returns takes it back."""
+    done: list[None] = []
+    back: list[None] = []
+    try:
+        # One step for the interpreter, so that nothing comes between the kernel and the note that it ran.
+        done.extend(starmap(call.function, (call.arguments,)))
+    except BaseException:
+        for _ in range(_ATTEMPTS):  # more exceptions may come meanwhile
+            with suppress(BaseException):
+                while done and undo is not None and not back:
+                    reverse = undo(call)
+                    back.extend(starmap(reverse.function, (reverse.arguments,)))
+                break
+        raise
+
+
+def _lead_elsewhere(job: _Job) -> None:
+    try:
+        if not _send(job.lead):
+            job.lead()
+        while not job.complete:
+            job.events.get()
+    except BaseException as error:
+        while True:  # more exceptions may come meanwhile, and change nothing
+            with suppress(BaseException):
+                job.settle(error)
+                break
 
 
 def available_threads() -> int:
@@ -153,11 +275,10 @@ def available_threads() -> int:
 
 
 def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ParameterError(
-            f"{name}: got {value!r}, accepted is a whole number of at least 1 (or None for all)"
-        )
-    return value
+    number = value.__index__() if hasattr(value, "__index__") and not isinstance(value, bool) else 0
+    if number < 1:
+        raise ParameterError(f"{name}: got {value!r}, accepted is a whole number of at least 1 (or None for all)")
+    return int(number)
 
 
 def set_num_threads(threads: int | None) -> None:
@@ -184,7 +305,8 @@ def get_num_threads() -> int:
         return _chosen
     variable = os.environ.get("DEEPLOCK_NUM_THREADS")
     if variable:
-        return _count("DEEPLOCK_NUM_THREADS", int(variable) if variable.isdecimal() else variable)
+        whole = variable.isascii() and variable.isdecimal() and len(variable) < 10
+        return _count("DEEPLOCK_NUM_THREADS", int(variable) if whole else variable)
     return available_threads()
 
 
@@ -193,54 +315,44 @@ def resolve_threads(threads: int | None) -> int:
     return get_num_threads() if threads is None else _count("threads", threads)
 
 
-# What a child must not inherit held by a thread that it has not got: each of these is taken, in order, for a fork.
-_order: list[Any] = []
-_others: weakref.WeakSet[Any] = weakref.WeakSet()
+# What a child must not inherit held by a thread that it has not got, in the order in which threads take them.
+_held_through_fork: list[tuple[int, Any]] = []
 
 
-def hold_through_fork(lock: Any, *, forever: bool = False) -> None:
-    """Take a lock around every fork of the process, as long as the lock lives.
+def hold_through_fork(lock: Any, rank: int) -> None:
+    """Take a lock around every fork of the process.
 
     Parameters
     ----------
     lock
-        Has `acquire` and `release`.
-    forever
-        For a lock of a module: those are taken first, in the order of registration.
+        Has `acquire` and `release`, and lives as long as the process.
+    rank
+        Whoever holds several takes those of lower rank first.
     """
-    if forever:
-        _order.append(lock)
-    else:
-        _others.add(lock)
-
-
-_held: list[Any] = []
+    _held_through_fork.append((rank, lock))
+    _held_through_fork.sort(key=lambda entry: entry[0])
 
 
 def _before_fork() -> None:
-    # Python warns of a fork beside live threads: end the pool's, the next call starts new ones.
-    _lock.acquire()
-    for _ in _workers:
-        _queue.put(None)
-    for thread in _workers:
-        thread.join()
-    _workers.clear()
-    for lock in (*_order, *_others):
+    # Python warns of a fork beside live threads: end the pool's; the next call starts new ones. A list that is being
+    # worked on goes on without helpers, and one that the main thread waits for is over, since that one is here.
+    global _forking
+    with _lock:
+        _forking = True
+    _helpers.end()
+    _leader.end()
+    for _, lock in _held_through_fork:
         lock.acquire()
-        _held.append(lock)
+    _lock.acquire()
 
 
 def _after_fork() -> None:
-    while _held:
-        _held.pop().release()
+    global _helpers, _leader, _forking
+    _helpers, _leader, _forking = _Threads(), _Threads(), False
     _lock.release()
-
-
-def _after_fork_in_child() -> None:
-    global _queue
-    _queue = SimpleQueue()
-    _after_fork()
+    for _, lock in reversed(_held_through_fork):
+        lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -323,11 +323,11 @@ def _as_function(address: int, arity: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
 
 
-pool.hold_through_fork(_lock, forever=True)
+pool.hold_through_fork(_lock, rank=1)
 
 
 @functools.cache
 def _guard_numba_against_fork() -> None:
     from numba.core.compiler_lock import global_compiler_lock
 
-    pool.hold_through_fork(global_compiler_lock, forever=True)
+    pool.hold_through_fork(global_compiler_lock, rank=2)

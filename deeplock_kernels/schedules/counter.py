@@ -54,12 +54,12 @@ class CounterSchedule(Schedule):
     def _secrets(self) -> list[ctypes.Array[ctypes.c_char]]:
         return [self._key]
 
-    def run(self, transform: Transform, address: int, nbytes: int, offset: int) -> None:
-        """Transform a few bytes in place, by one call of the kernel."""
+    def call(self, transform: Transform, address: int, nbytes: int, offset: int) -> Call:
+        """Plan the one kernel call that transforms a few bytes in place."""
         if self._wiped:
             self.ready()
         function = transform.kernel("counter", self.bits)
-        function(address, address, nbytes, offset, self._address, RCON_ADDRESS, transform.box)
+        return Call(function, (address, address, nbytes, offset, self._address, RCON_ADDRESS, transform.box))
 
     def calls(
         self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int

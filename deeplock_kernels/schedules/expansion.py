@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from functools import partial
 
@@ -21,6 +22,11 @@ from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.schedules.base import RCON_ADDRESS, Schedule, check_integer
 from deeplock_kernels.transform import Transform
 
+# Schedules share a few locks, since each of them has to be held through every fork.
+_LOCKS = tuple(threading.Lock() for _ in range(16))
+_COUNT = itertools.count()
+for _lock in _LOCKS:
+    pool.hold_through_fork(_lock, rank=0)
 _SEGMENTS_PER_BLOCK = 1024  # of saved states that are allocated together; a multiple of the group
 _SEGMENTS_PER_RUN = 256  # of chain between two chances to interrupt it, about 2 ms
 
@@ -92,8 +98,7 @@ class ExpansionSchedule(Schedule):
         self._state_bytes = len(secret)
         self._blocks: list[ctypes.Array[ctypes.c_char]] = []
         self._known = 1  # segments whose start state is saved
-        self._lock = threading.Lock()
-        pool.hold_through_fork(self._lock)
+        self._lock = _LOCKS[next(_COUNT) % len(_LOCKS)]
         self._allocate(0)
         ctypes.memmove(self._blocks[0], secret, len(secret))
 

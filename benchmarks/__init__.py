@@ -1,0 +1,1 @@
+"""What locking costs, against what the memory allows and what users could call instead; see README.md."""

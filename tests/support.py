@@ -1,0 +1,211 @@
+"""What several test files share: keys, boxes, data, the oracle's answers, raw kernels, guarded memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import random
+
+import numpy as np
+
+from deeplock_kernels import reference
+from deeplock_kernels.kernels.signatures import (
+    RCON_START,
+    RCON_WORDS,
+    SEGMENTS_PER_GROUP,
+    KernelName,
+    every_name,
+    segment_bytes,
+)
+from deeplock_kernels.locking import lock, unlock
+from deeplock_kernels.runtime import forms, tiers
+from deeplock_kernels.sboxes import AES, SBOXES, SBox
+from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule
+
+BITS = (128, 192, 256)
+SCHEDULES = ("counter", "expansion")
+DIRECTIONS = ("lock", "unlock")
+OPERATIONS = {"lock": lock, "unlock": unlock}
+KEYS = {bits: random.Random(bits).randbytes(bits // 8) for bits in BITS}
+IV = ((0x0123456789ABCDEF << 64) + 2**64 - 100).to_bytes(16, "big")  # its low half wraps 1600 bytes on
+BOXES = {
+    **SBOXES,
+    "aes_inverse": AES.inverse,
+    "identity": SBox(bytes(range(256))),
+    "random": SBox(bytes(random.Random(1).sample(range(256), 256))),
+}
+FORM_BOXES = {  # for each form in which a kernel takes a box, one that it expresses
+    "identity": BOXES["identity"],
+    "affine": BOXES["sm4"],
+    "aes": BOXES["aes"],
+    "aes_inverse": BOXES["aes_inverse"],
+    "table": BOXES["random"],
+}
+
+# Data and expectations
+
+
+def painted(nbytes, start=0):
+    """Give bytes of period 251, a prime, so that no two places a power of two apart look alike."""
+    return (np.arange(start, start + nbytes) % 251).astype(np.uint8)
+
+
+def table_of(box):
+    return np.frombuffer(box.table, np.uint8)
+
+
+def expected(direction, data, stream, box):
+    """Compute with table look-ups what `reference.lock` or `reference.unlock` gives."""
+    if direction == "lock":
+        return table_of(box)[data ^ stream]
+    return table_of(box.inverse)[data] ^ stream
+
+
+@functools.cache
+def key_stream(schedule, bits, nbytes):
+    """Give the start of the oracle's key stream for the schedule of `make_schedule`."""
+    if schedule == "counter":
+        stream = reference.counter_keystream(KEYS[bits], IV, nbytes)
+    else:
+        stream = reference.expansion_keystream(KEYS[bits], nbytes)
+    return np.frombuffer(stream, np.uint8)
+
+
+def make_schedule(schedule, bits):
+    return CounterSchedule(KEYS[bits], IV) if schedule == "counter" else ExpansionSchedule(KEYS[bits])
+
+
+def aligned(nbytes):
+    """Give zeroed memory that starts at a multiple of 64."""
+    memory = np.zeros(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes]
+
+
+# Kernels by their addresses
+
+EVERY_KERNEL = [(tier, name) for tier in tiers.TIERS for name in every_name(tier.forms)]
+
+
+def kernel_id(value):
+    return value.name if isinstance(value, tiers.Tier) else str(value)
+
+
+class RawKernel:
+    """A kernel with its parameters in memory, to be called with addresses.
+
+    Its parameters come from the oracle. A kernel that unlocks is given the table that it applies.
+
+    Parameters
+    ----------
+    place
+        Gives the address of a copy of some bytes; by default anywhere.
+    """
+
+    def __init__(self, tier, name, place=None):
+        self.name = name
+        self.function = tiers.kernel(tier, name)
+        self._kept = []
+        place = place or self._place
+        self.key = KEYS.get(name.bits)
+        if name.operation == "counter":
+            round_keys = b"".join(key.to_bytes(16, "big") for key in reference.round_keys(self.key))
+            self._schedule = [place(round_keys + IV)]
+        elif name.operation == "expansion":
+            self._schedule = [place(self.key), place(RCON_WORDS) + RCON_START]
+        elif name.operation == "expansion_indexed":
+            # Saved states need not follow from each other. These are for two groups.
+            self._states = [self.key[i:] + self.key[:i] for i in range(2 * SEGMENTS_PER_GROUP)]
+            self._schedule = [place(b"".join(self._states)), place(RCON_WORDS) + RCON_START]
+        if name.form:
+            self.box = FORM_BOXES[name.form]
+            parameters = forms.parameters(self.box, name.form)
+            self._box = place(parameters) if parameters else 0
+
+    def _place(self, data):
+        self._kept.append(ctypes.create_string_buffer(data, len(data)))
+        return ctypes.addressof(self._kept[-1])
+
+    def __call__(self, target, source, nbytes, offset=0):
+        """Change `nbytes`; an indexed kernel takes whole groups from position 0, a substitution no offset."""
+        operation = self.name.operation
+        if operation == "substitute":
+            self.function(target, source, nbytes, self._box)
+        elif operation == "expansion_indexed":
+            groups, rest = divmod(nbytes, SEGMENTS_PER_GROUP * segment_bytes(self.name.bits))
+            assert rest == 0
+            self.function(target, source, groups, *self._schedule, self._box)
+        else:
+            self.function(target, source, nbytes, offset, *self._schedule, self._box)
+
+    def expected(self, data, offset=0):
+        """Compute what it makes of `data`."""
+        table = table_of(self.box)
+        if self.name.operation == "substitute":
+            return table[data]
+        if self.name.operation == "expansion_indexed":
+            streams = b"".join(segment_stream(state, self.name.bits) for state in self._states)
+            stream = np.frombuffer(streams, np.uint8)[: len(data)]
+        else:
+            stream = key_stream(self.name.operation, self.name.bits, 4096)[offset : offset + len(data)]
+        return table[data ^ stream] if self.name.direction == "lock" else table[data] ^ stream
+
+
+@functools.cache
+def segment_stream(key, bits):
+    return reference.expansion_keystream(key, segment_bytes(bits))
+
+
+# Memory between pages that must not be touched
+
+
+def _guarded_pages(nbytes):
+    """Give the first address and the end of pages that lie between two forbidden ones."""
+    size = mmap.PAGESIZE
+    pages = -(-nbytes // size)
+    memory = mmap.mmap(-1, (pages + 2) * size)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    for forbidden in (start, start + (pages + 1) * size):
+        if library.mprotect(forbidden, size, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    _kept.append(memory)
+    return start + size, start + (pages + 1) * size
+
+
+_kept = []
+
+
+def place_before_forbidden_page(data):
+    _, end = _guarded_pages(max(len(data), 1))
+    ctypes.memmove(end - len(data), data, len(data))
+    return end - len(data)
+
+
+def run_kernels_between_forbidden_pages(tier_name):
+    """Run every kernel of a tier where one byte read or written outside its memory ends the process."""
+    tier = next(tier for tier in tiers.TIERS if tier.name == tier_name)
+    largest = SEGMENTS_PER_GROUP * segment_bytes(256)
+    target_start, target_end = _guarded_pages(largest)
+    source_start, source_end = _guarded_pages(largest)
+    for name in every_name(tier.forms):
+        if name.operation in ("expansion_chain", "xor"):
+            continue
+        kernel = RawKernel(tier, name, place_before_forbidden_page)
+        if name.operation == "expansion_indexed":
+            lengths = [SEGMENTS_PER_GROUP * segment_bytes(name.bits)]
+        else:
+            lengths = range(330)
+        for nbytes in lengths:
+            offset = 11 * nbytes % 97
+            kernel(target_end - nbytes, source_end - nbytes, nbytes, offset)
+            kernel(target_start, source_start, nbytes, offset)
+            kernel(target_end - nbytes, target_end - nbytes, nbytes, offset)
+    for bits in BITS:
+        states = place_before_forbidden_page(KEYS[bits] + bytes(2 * bits // 8))
+        chain = tiers.kernel(tier, KernelName("expansion_chain", bits))
+        chain(states, 2, place_before_forbidden_page(RCON_WORDS) + RCON_START)
+    for nbytes in range(330):
+        tiers.kernel(tier, KernelName("xor"))(target_end - nbytes, nbytes, 1)

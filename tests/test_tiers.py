@@ -1,0 +1,672 @@
+"""Tiers: which is in use, what takes one away, what its code is made of, and that wrong code is not used."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import support
+from processes import run
+from support import BOXES, painted
+
+from deeplock_kernels import transform
+from deeplock_kernels.errors import SelfTestError, UnknownNameError, UnsupportedTierError
+from deeplock_kernels.kernels import portable
+from deeplock_kernels.kernels.signatures import KernelName, every_name, segment_bytes
+from deeplock_kernels.locking import lock
+from deeplock_kernels.runtime import codecache, selftest, tiers
+from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
+
+NAMES = ["avx512", "gfni", "avx2", "portable"]
+BY_NAME = {tier.name: tier for tier in TIERS}
+SUPPORTED = [tier.name for tier in TIERS if tier.supported]
+
+
+# The table
+
+
+def test_table_of_tiers():
+    assert tiers.tiers() is TIERS
+    assert [tier.name for tier in TIERS] == NAMES
+    assert [tier.constant_time for tier in TIERS] == [True, True, True, False]
+    assert TIERS[-1].requires == frozenset()
+    assert TIERS[-1].supported
+    assert all(tier.description and tier.pace > 0 for tier in TIERS)
+    for tier in TIERS:
+        assert tier.forms[0] == "identity", "a bare key stream goes through no table"
+        assert tier.forms[-1] == "table", "the form that takes any box"
+        assert all(form in support.FORM_BOXES for form in tier.forms)
+        assert tier.supported == (tier.requires <= tiers.host_features())
+    assert BY_NAME["avx512"].requires >= {"avx512bw", "avx512vbmi", "gfni", "vaes"}
+    assert BY_NAME["gfni"].requires - BY_NAME["avx2"].requires == {"gfni", "vaes"}
+
+
+def test_a_tier_requires_what_its_instructions_need():
+    from deeplock_kernels.simd.x86 import INSTRUCTIONS
+
+    for name, width in (("avx512", 512), ("gfni", 256), ("avx2", 256)):
+        needed = {need for row in INSTRUCTIONS.values() if row.nbytes * 8 == width for need in row.requires}
+        if name == "avx2":
+            needed -= {"gfni", "vaes"}  # its AES is that of 128 bits
+        assert needed <= BY_NAME[name].requires
+        assert INSTRUCTIONS["aesenc_128"].requires <= BY_NAME[name].requires
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=support.kernel_id)
+def test_every_kernel_has_a_name_of_its_own(tier):
+    names = every_name(tier.forms)
+    assert len(names) == len({str(name) for name in names}) == 4 + 19 * len(tier.forms)
+    assert all(tiers.KernelName(*name).arity == name.arity for name in names)
+
+
+# Which one is in use
+
+
+def test_forced_tier_is_the_active_one(tier):
+    assert active_tier() is tier
+    assert [other.name for other in TIERS if other.active] == [tier.name]
+
+
+def test_use_tier_as_a_call_and_as_a_context_nests():
+    default = active_tier()
+    try:
+        use_tier("portable")
+        assert active_tier().name == "portable"
+        with use_tier(SUPPORTED[0]) as inner:
+            assert inner is active_tier() is BY_NAME[SUPPORTED[0]]
+            with use_tier(None) as innermost:
+                assert innermost is active_tier() is default
+                with use_tier("portable"):
+                    assert active_tier().name == "portable"
+                assert active_tier() is default
+            assert active_tier().name == SUPPORTED[0]
+            use_tier("portable")  # holds until the block ends
+            assert active_tier().name == "portable"
+        assert active_tier().name == "portable"
+        use_tier(None)
+        assert active_tier() is default
+    finally:
+        use_tier(None)
+
+
+def test_use_tier_ends_with_its_block_on_an_exception():
+    default = active_tier()
+
+    def fail():
+        with use_tier("portable"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert active_tier() is default
+
+
+@pytest.mark.parametrize("name", ["doesnotexist", "", "AVX2", "auto", 5, True])
+def test_use_tier_refuses_unknown_names_and_changes_nothing(tier, name):
+    with pytest.raises(UnknownNameError, match=r"^name: got .*, accepted are avx512, gfni, avx2, portable$"):
+        use_tier(name)
+    assert active_tier() is tier
+
+
+def test_the_tier_in_use_does_the_work(tier, monkeypatch):
+    asked = set()
+    original = tiers.kernel
+
+    def kernel(chosen, name):
+        asked.add(chosen.name)
+        return original(chosen, name)
+
+    monkeypatch.setattr(tiers, "kernel", kernel)
+    monkeypatch.setattr(transform, "kernel", kernel)
+    for schedule in support.SCHEDULES:
+        support.make_schedule(schedule, 128).keystream(10, 70_000)
+    assert asked == {tier.name}
+
+
+PROGRAM = """
+import sys
+from deeplock_kernels import (
+    CounterSchedule, DeepLockError, ExpansionSchedule, lock, reference, substitute, tiers, unlock, use_tier
+)
+from deeplock_kernels.runtime.tiers import active_tier
+
+for name in sys.argv[1:]:
+    try:
+        use_tier(name)
+    except DeepLockError as error:
+        print(type(error).__name__, error)
+        raise SystemExit
+
+plain, key, iv = bytes(range(200)), bytes(range(32)), b"\\xff" * 16
+counter, expansion = CounterSchedule(key, iv), ExpansionSchedule(key)
+streams = reference.counter_keystream(key, iv, 200, 7), reference.expansion_keystream(key, 200, 7)
+for keys, stream in zip((counter, expansion), streams, strict=True):
+    try:
+        locked = lock(plain, keys, offset=7)
+    except DeepLockError as error:
+        print(type(error).__name__, error)
+        raise SystemExit
+    assert locked.tobytes() == reference.lock(plain, stream)
+    assert unlock(locked, keys, offset=7).tobytes() == plain
+assert substitute(plain, "skinny8").tobytes() != plain
+assert substitute(substitute(plain, "skinny8"), "skinny8", inverse=True).tobytes() == plain
+print(active_tier().name, *(tier.name for tier in tiers() if tier.supported))
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_variable_forces_a_tier(name):
+    if name not in SUPPORTED:
+        pytest.skip(f"tier {name}: this machine cannot run it")
+    assert run(PROGRAM, DEEPLOCK_TIER=name).split() == [name, *SUPPORTED]
+
+
+def test_the_best_tier_is_the_default():
+    assert run(PROGRAM, DEEPLOCK_TIER="").split() == [SUPPORTED[0], *SUPPORTED]
+
+
+def test_variable_with_an_unknown_name_fails_at_the_first_use():
+    words = "UnknownNameError DEEPLOCK_TIER: got 'doesnotexist', accepted are avx512, gfni, avx2, portable\n"
+    assert run(PROGRAM, DEEPLOCK_TIER="doesnotexist") == words
+
+
+AVX2_ALONE = "+sse2,+ssse3,+sse4.1,+avx,+avx2,+aes,+bmi2"
+
+
+@pytest.mark.parametrize(
+    ("environment", "left"),
+    [
+        ({"NUMBA_CPU_NAME": "generic", "DEEPLOCK_CACHE": "0"}, ["portable"]),
+        ({"NUMBA_ENABLE_AVX": "0"}, ["portable"]),
+        ({"NUMBA_CPU_FEATURES": AVX2_ALONE, "DEEPLOCK_CACHE": "0"}, ["avx2", "portable"]),
+        ({"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+gfni,-vaes"}, ["avx2", "portable"]),
+        (
+            {"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+gfni,+vaes", "DEEPLOCK_CACHE": "0"},
+            ["gfni", "avx2", "portable"],
+        ),
+        ({"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+gfni,+vaes", "NUMBA_ENABLE_AVX": "0"}, ["portable"]),
+        ({"NUMBA_CPU_FEATURES": ""}, ["portable"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_taken_from_numba_is_taken_from_the_tiers(environment, left):
+    """Without the cache, the kernels are compiled where the compiler knows of no other features."""
+    left = [name for name in left if name in SUPPORTED]
+    assert run(PROGRAM, **environment).split() == [left[0], *left]
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "missing"),
+    [
+        ({"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+vaes"}, "gfni", "gfni"),
+        ({"NUMBA_CPU_NAME": "generic"}, "avx2", "aes, avx2, bmi2"),
+        ({"NUMBA_DISABLE_JIT": "1"}, "gfni", "aes, avx2, bmi2, gfni, vaes"),
+    ],
+    ids=["features", "generic", "no_compiler"],
+)
+@pytest.mark.skipif("gfni" not in SUPPORTED, reason="the names of what is missing depend on the machine")
+def test_a_tier_that_cannot_run_is_refused_with_what_it_misses(environment, name, missing):
+    words = f"got '{name}', which needs {missing}, and this machine has not; supported here: "
+    refused = run(PROGRAM, DEEPLOCK_TIER=name, **environment)
+    assert refused.startswith("UnsupportedTierError DEEPLOCK_TIER: " + words)
+    refused = run(PROGRAM, name, **environment)
+    assert refused.startswith("UnsupportedTierError name: " + words)
+
+
+def test_refusing_in_this_process_changes_nothing(monkeypatch):
+    before = active_tier()
+    monkeypatch.setattr(tiers, "host_features", frozenset)
+    with pytest.raises(
+        UnsupportedTierError, match=r"^name: got 'avx512', which needs aes, avx512bw, .*: portable$"
+    ):
+        use_tier("avx512")
+    assert active_tier() is before
+
+
+@pytest.mark.parametrize("cache", ["0", "1"], ids=["no_cache", "cache"])
+def test_without_a_compiler_the_portable_tier_runs_as_plain_python(cache):
+    output = run(PROGRAM, NUMBA_DISABLE_JIT="1", DEEPLOCK_CACHE=cache)
+    assert output.split() == ["portable", "portable"]
+
+
+# What the code is made of
+
+FORM_OF_ITS_OWN = {"avx512": "affine", "gfni": "affine", "avx2": "aes", "portable": "table"}
+
+
+def representatives(tier_name):
+    """Name kernels of each operation, with the form that makes the tier and with a table."""
+    form = FORM_OF_ITS_OWN[tier_name]
+    return [
+        KernelName("counter", 256, form, "lock"),
+        KernelName("counter", 128, "table", "unlock"),
+        KernelName("expansion", 192, form, "unlock"),
+        KernelName("expansion_indexed", 128, "table", "lock"),
+        KernelName("expansion_chain", 256),
+        KernelName("substitute", form="table"),
+        KernelName("substitute", form=form),
+    ]
+
+
+CODE = [(tier.name, name) for tier in TIERS for name in dict.fromkeys(representatives(tier.name))]
+each_code = pytest.mark.parametrize(("tier_name", "name"), CODE, ids=str)
+
+
+class Instruction(NamedTuple):
+    """A line of assembly in AT&T's order: the destination comes last."""
+
+    mnemonic: str
+    operands: tuple[str, ...]
+
+
+FUNCTION = "function:"
+
+
+def instructions(assembly):
+    """List the instructions of an assembly and where each function starts, but no directives."""
+    code = []
+    for line in (line.split("#")[0].strip() for line in assembly.splitlines()):
+        if line.endswith(":") and not line.startswith("."):
+            code.append(Instruction(FUNCTION, ()))
+        elif line and line[0] != "." and line[-1] != ":":
+            mnemonic, *rest = line.split(None, 1)
+            code.append(Instruction(mnemonic, tuple(re.split(r",\s*(?![^(]*\))", rest[0])) if rest else ()))
+    return code
+
+
+@functools.cache
+def code_of(tier_name, name):
+    """Compile for a tier; for one that this machine cannot run, where the compiler believes that it could."""
+    if BY_NAME[tier_name].supported:
+        return instructions(tiers.assembly(BY_NAME[tier_name], name))
+    return compiled_elsewhere(tier_name, *representatives(tier_name), told=True)[name]
+
+
+@functools.cache
+def compiled_elsewhere(tier_name, *names, told):
+    """Compile in a process whose compiler knows of no features, or where it is told of the tier's."""
+    program = """
+import json, sys
+from deeplock_kernels.kernels.signatures import KernelName
+from deeplock_kernels.runtime.tiers import TIERS, assembly
+tier = next(tier for tier in TIERS if tier.name == sys.argv[1])
+print(json.dumps([[name, assembly(tier, KernelName(*name))] for name in json.loads(sys.argv[2])]))
+"""
+    features = {"NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in BY_NAME[tier_name].requires)}
+    output = run(program, tier_name, json.dumps(names), NUMBA_CPU_NAME="generic", **features if told else {})
+    return {KernelName(*name): instructions(assembly) for name, assembly in json.loads(output)}
+
+
+def check_instructions(tier_name, name, code):
+    """Check that code has the instructions and the registers that name its tier, and none above it."""
+    whole = "\n".join(f"{mnemonic} {', '.join(operands)}" for mnemonic, operands in code)
+    used = {mnemonic for mnemonic, _ in code}
+    if tier_name == "portable":
+        assert not re.search(r"[yz]mm|aes|gf2p8|^v", whole, re.MULTILINE)
+        return
+    rounds = {"counter": {"vaesenc", "vaesenclast"}, "substitute": set()}
+    assert rounds.get(name.operation, {"vaesenclast"}) <= used
+    widest = {"avx512": "zmm", "gfni": "ymm", "avx2": "ymm"}[tier_name]
+    assert widest in whole or name.operation == "expansion_chain", "one chain fills 128 bits"
+    assert tier_name == "avx512" or "zmm" not in whole
+
+    def operands_of(*mnemonics):
+        return ["".join(operands) for mnemonic, operands in code if mnemonic in mnemonics]
+
+    galois = operands_of("vgf2p8affineqb"), operands_of("vgf2p8affineinvqb")
+    assert all(galois) if name.form == "affine" else not any(galois)
+    assert all(widest in operands for operands in (*galois[0], *galois[1]))
+    if name.operation == "counter":
+        register = "xmm" if tier_name == "avx2" else widest
+        assert all(register in operands for operands in operands_of("vaesenc", "vaesenclast"))
+    if name.form == "table":
+        lookups = operands_of("vpermi2b", "vpermt2b") if tier_name == "avx512" else operands_of("vpshufb")
+        assert sum(widest in operands for operands in lookups) >= (2 if tier_name == "avx512" else 16)
+    if tier_name == "avx2":
+        aes = operands_of("vaesenc", "vaesenclast", "vaesdec", "vaesdeclast")
+        assert not any("ymm" in operands for operands in aes)
+        assert aes or name.form == "table"
+
+
+@each_code
+def test_code_has_the_instructions_that_name_its_tier(tier_name, name):
+    check_instructions(tier_name, name, code_of(tier_name, name))
+
+
+@pytest.mark.parametrize(
+    ("tier_name", "told"),
+    [("avx512", True), ("avx2", True), *((name, False) for name in NAMES)],
+    ids=lambda value: (
+        value if isinstance(value, str) else "told_of_its_features" if value else "told_of_none"
+    ),
+)
+def test_code_of_any_tier_can_be_made_where_it_cannot_run(tier_name, told):
+    """On a machine with none of the features too, as the documentation of `assembly` says."""
+    names = KernelName("counter", 128, "table", "unlock"), KernelName("substitute", form="table")
+    compiled = compiled_elsewhere(tier_name, *names, told=told)
+    assert tuple(compiled) == names
+    for name, code in compiled.items():
+        check_instructions(tier_name, name, code)
+
+
+# Constant time. In a tier that claims it, data, key stream and tables live in vector registers, and
+# instructions on those take the same time whatever they hold. Time could tell of them only through an
+# address, a branch or a length, and those come from general registers and flags. So the code is followed in
+# the order of its text, twice over for the sake of loops, and what general registers, flags and stack hold
+# is marked: data came from a vector register, or from memory other than the stack. No secret are the
+# arguments and the start of the counter, which tells where it carries. All this looks at code, it does not
+# measure time.
+
+MEMORY = re.compile(r"(?P<displacement>[-\w.]*)\((?P<registers>[^)]*)\)$")
+SETS_FLAGS_FROM_VECTORS = re.compile(r"v?(ptest|u?comis|pcmp[ei]str)|vtest|k(or)?test")
+READS_FLAGS = re.compile(r"j(?!mp)|cmov|set|adc|sbb|rc[lr]")
+KEEPS_FLAGS = re.compile(r"mov|lea|push|pop|j|cmov|set|call|ret|prefetch|nop|bswap|not|vzero")
+
+
+def general_register(operand):
+    """Give the 64-bit name of a general register, whatever part of it an operand names; None for all else."""
+    name = operand.removeprefix("%") if operand.startswith("%") else ""
+    if re.fullmatch(r"r\d+[dwb]?", name):
+        return name.rstrip("dwb")
+    letters = re.fullmatch(r"[re]?([abcd])[xhl]|[re]?(si|di|bp|sp)l?", name)
+    return letters and "r" + (letters[1] + "x" if letters[1] else letters[2])
+
+
+def stack_bytes(operand, nbytes):
+    """Give the bytes of the stack at an operand, as (register, displacement), or none if it is elsewhere."""
+    place = re.fullmatch(r"(-?\d*)\(%(rsp|rbp)\)", operand)
+    return {(place[2], int(place[1] or 0) + i) for i in range(nbytes)} if place else set()
+
+
+def instructions_that_tell_of_data(name, code):
+    """List those whose address, branch or length depends on data."""
+    round_keys = 16 * (name.bits // 32 + 7)
+    public = {str(round_keys), str(round_keys + 8)} if name.operation == "counter" else set()
+    found, function = [], []
+    for line in [*code, Instruction(FUNCTION, ())]:
+        if line.mnemonic == FUNCTION:
+            held = set()  # general registers, "flags" and bytes of the stack that hold data
+            found += [follow(each, held, public) for each in 2 * function]
+            function = []
+        else:
+            function.append(line)
+    return [line for line in found if line]
+
+
+def follow(line, held, public):
+    """Note what holds data after an instruction; give it back if it tells of data."""
+    mnemonic, operands = line
+    last = operands[-1] if operands else ""
+    wide = {"%x": 16, "%y": 32, "%z": 64}.get(operands[0][:2], 0) if operands else 0
+    addresses = [MEMORY.match(operand) for operand in operands]
+    used = {part.strip() for address in addresses if address for part in address["registers"].split(",")}
+    tells = any(general_register(part) in held or part[:2] in ("%x", "%y", "%z") for part in used)
+    if mnemonic[0] in "vk":
+        if general_register(last):
+            held.add(general_register(last))
+        held |= stack_bytes(last, wide or 8)
+        if SETS_FLAGS_FROM_VECTORS.match(mnemonic):
+            held.add("flags")
+        return line if tells else None
+    if mnemonic.startswith("lea"):
+        tells = False
+    if mnemonic.startswith("call"):
+        tells = tells or not held.isdisjoint(
+            general_register(operand) for operand in ("%rdi", "%rsi", "%rdx")
+        )
+    if READS_FLAGS.match(mnemonic) and "flags" in held:
+        tells = True
+
+    def has_data(operand, address):
+        if not address:
+            return general_register(operand) in held
+        if stack_bytes(operand, 8):
+            return not held.isdisjoint(stack_bytes(operand, 8))
+        return mnemonic != "movq" or address["displacement"] not in public
+
+    replaces = mnemonic.startswith(("mov", "set")) or (
+        mnemonic[:3] in ("xor", "sub") and len(set(operands)) == 1
+    )
+    if mnemonic.startswith("lea"):
+        data = any(general_register(part) in held for part in used)
+    elif mnemonic.startswith(("prefetch", "pop", "nop")) or (
+        replaces and len(operands) > 1 and operands[0] == last
+    ):
+        data = False
+    else:
+        sources = list(zip(operands, addresses, strict=True))
+        data = any(has_data(*source) for source in (sources[:-1] if replaces else sources))
+    written = {general_register(last)} - {None} or stack_bytes(last, 8)
+    if not mnemonic.startswith(("cmp", "test", "push")):
+        held.difference_update(written)
+        held.update(written if data else ())
+    if not KEEPS_FLAGS.match(mnemonic):
+        held.discard("flags")
+        held.update({"flags"} if data else ())
+    return line if tells else None
+
+
+@each_code
+def test_time_cannot_tell_of_data_in_a_constant_time_tier(tier_name, name):
+    lines = instructions_that_tell_of_data(name, code_of(tier_name, name))
+    if BY_NAME[tier_name].constant_time:
+        assert lines == []
+    else:
+        assert lines, "bytes are looked up in memory here: what does not see that sees nothing"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "movzbl (%rdi), %eax; movzbl (%rcx,%rax), %eax",
+        "movzbl (%rdi), %eax; xorl %esi, %eax; movl (%rcx,%rax,4), %edx",
+        "movl (%rdi), %eax; shrl $8, %eax; movzbl %al, %edx; vmovdqu (%rcx,%rdx), %xmm0",
+        "movl (%rdi), %eax; leaq (%rcx,%rax), %rdx; movb (%rdx), %al",
+        "vpextrb $3, %xmm1, %eax; movb (%rcx,%rax), %al",
+        "vmovd %xmm1, %eax; prefetcht0 (%rcx,%rax)",
+        "vmovq %xmm0, %r8; movb $1, (%r8)",
+        "vpgatherdd %ymm1, (%rax,%ymm2,4), %ymm3",
+        "vpmovmskb %ymm1, %eax; testl %eax, %eax; jne .LBB0_1",
+        "kmovq %k1, %rax; orq %rcx, %rax; cmovneq %rdx, %rcx",
+        "vptest %ymm1, %ymm1; je .LBB0_1",
+        "cmpb $0, (%rdi); jne .LBB0_1",
+        "movq 176(%rdi), %rax; movb (%rax), %al",
+        "vmovdqa %ymm0, 64(%rsp); movl 80(%rsp), %eax; movb (%rcx,%rax), %al",
+        "movl (%rdi), %eax; movq %rax, 8(%rsp); movq 8(%rsp), %rcx; movb (%rcx), %al",
+        "movzbl (%rdi), %edx; callq *%rax",
+        "movb (%rcx,%rax), %dl; movl (%rdi), %eax",
+    ],
+)
+def test_what_tells_of_data_is_seen(lines):
+    assert instructions_that_tell_of_data(KernelName("substitute"), instructions(lines.replace(";", "\n")))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "movl (%rdi), %eax; xorl 4(%rdi), %eax; vmovd %eax, %xmm0; xorl %eax, %eax; movb (%rax), %cl",
+        "cmpq $64, %rcx; jne .LBB0_1; vmovdqu (%rdi,%rcx), %ymm0",
+        "vmovdqa %ymm0, 64(%rsp); movq %rax, 64(%rsp); movq 64(%rsp), %rcx; movb $0, (%rcx)",
+    ],
+)
+def test_what_does_not_tell_of_data_is_let_through(lines):
+    assert not instructions_that_tell_of_data(
+        KernelName("substitute"), instructions(lines.replace(";", "\n"))
+    )
+
+
+@each_code
+def test_code_calls_nothing_but_a_copy_of_memory(tier_name, name):
+    """An object that is kept must not depend on Numba or Python."""
+    named = re.findall(r"\$([a-zA-Z_][\w.]*)", str(code_of(tier_name, name)))
+    assert {symbol for symbol in named if not symbol.startswith("_ZN16deeplock_kernels")} <= {"memcpy"}
+
+
+# The self-test
+
+
+@pytest.mark.parametrize("place", ["first", "last", "behind"])
+@pytest.mark.parametrize(("tier", "name"), support.EVERY_KERNEL, indirect=["tier"], ids=support.kernel_id)
+def test_self_test_sees_one_wrong_bit(tier, name, place):
+    right = tiers.kernel(tier, name)
+    segment = segment_bytes(name.bits)
+    if name.operation == "expansion_chain":
+        length = name.bits // 8
+        places = {"first": length, "last": 2 * length - 1, "behind": length}
+    elif name.operation == "expansion_indexed":  # the start of each segment is compared
+        places = {"first": 0, "last": 3 * segment + 199, "behind": 4 * segment}
+    else:
+        nbytes = 256 if name.operation == "xor" else 300
+        places = {"first": 0, "last": nbytes - 1, "behind": nbytes}
+
+    def wrong(*arguments):
+        right(*arguments)
+        byte = ctypes.c_uint8.from_address(arguments[0] + places[place])
+        byte.value ^= 0x10
+
+    selftest.check(tier.name, name, right)
+    with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{name}: got a wrong answer"):
+        selftest.check(tier.name, name, wrong)
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Forget the kernels that this process has loaded and tested."""
+    monkeypatch.setattr(tiers, "_kernels", {})
+
+
+def lock_and_compare(schedule="counter"):
+    """Lock in place, which either raises and changes nothing, or is right."""
+    data, keys = painted(300), support.make_schedule(schedule, 256)
+    try:
+        lock(data, keys, sbox=BOXES["random"], out=data)
+    except BaseException:
+        assert np.array_equal(data, painted(300))
+        raise
+    stream = support.key_stream(schedule, 256, 300)
+    assert np.array_equal(data, support.expected("lock", painted(300), stream, BOXES["random"]))
+
+
+@pytest.mark.parametrize("schedule", support.SCHEDULES)
+def test_a_kernel_that_fails_its_self_test_is_never_used(tier, schedule, unloaded, monkeypatch):
+    original = tiers._load
+
+    def load(chosen, name):
+        right = original(chosen, name)
+
+        def wrong(target, source, nbytes, *rest):
+            right(target, source, nbytes, *rest)
+            ctypes.c_uint8.from_address(target + nbytes // 2).value ^= 1
+
+        return wrong if name.operation == schedule else right
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiers, "_load", load)
+        for _ in range(2):
+            with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{schedule}_256_table_lock: got"):
+                lock_and_compare(schedule)
+    lock_and_compare(schedule)
+
+
+# Objects in the cache
+
+
+def object_code(tier, name):
+    """Give the object code of a kernel."""
+    tiers.kernel(tier, name)
+    code = codecache.load(f"{tier.name}-{name}")
+    if code is None:  # the cache is turned off
+        from deeplock_kernels.kernels import house
+
+        code, _ = house.emit(house.compile_module(tiers.build(tier, name), name.arity), tier.requires)
+    return code
+
+
+NAME = KernelName("counter", 256, "table", "lock")
+REVERSED = bytes(range(15, -1, -1))  # the order in which vector tiers shuffle a counter's bytes
+
+
+@pytest.fixture
+def own_cache(tier, tmp_path, monkeypatch):
+    """Give the right object code and a cache of this test's own, in which there is nothing yet."""
+    code = object_code(tier, NAME)
+    monkeypatch.setenv("DEEPLOCK_CACHE", "1")
+    monkeypatch.setenv("DEEPLOCK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiers, "_kernels", {})
+    return code
+
+
+def entry(tier):
+    return codecache.directory(create=True) / f"{tier.name}-{NAME}.o"
+
+
+def test_right_code_from_the_cache_is_used_as_it_is(tier, own_cache, monkeypatch):
+    codecache.save(f"{tier.name}-{NAME}", own_cache)
+    with monkeypatch.context() as patched:
+        patched.setattr(tiers, "build", None)  # compiling would fail
+        lock_and_compare()
+
+
+def test_altered_code_with_a_right_digest_is_not_used(tier, own_cache):
+    """A constant is changed: an entry of AES's table, or the order in which a counter's bytes are read."""
+    if tier.name == "portable":
+        right = portable.SUBSTITUTED.tobytes()
+        wrong = right[:8] + right[8:16][::-1] + right[16:]
+    else:
+        right, wrong = REVERSED, REVERSED[:-2] + REVERSED[:-3:-1]
+    assert right in own_cache
+    codecache.save(f"{tier.name}-{NAME}", own_cache.replace(right, wrong))
+    for _ in range(2):
+        with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{NAME}: got a wrong answer"):
+            lock_and_compare()
+
+
+def test_code_of_another_kernel_is_not_used(tier, own_cache, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.delenv("DEEPLOCK_CACHE_DIR")
+        other = object_code(tier, NAME._replace(direction="unlock"))
+    codecache.save(f"{tier.name}-{NAME}", other)
+    with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{NAME}: got a wrong answer"):
+        lock_and_compare()
+
+
+def test_a_damaged_entry_is_compiled_again(tier, own_cache):
+    codecache.save(f"{tier.name}-{NAME}", own_cache)
+    path = entry(tier)
+    whole = path.read_bytes()
+    assert codecache.load(f"{tier.name}-{NAME}") == own_cache
+    for place in (*range(60), len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert codecache.load(f"{tier.name}-{NAME}") is None, place
+        path.write_bytes(whole[:place])
+        assert codecache.load(f"{tier.name}-{NAME}") is None, place
+    path.write_bytes(whole + b"\0")
+    assert codecache.load(f"{tier.name}-{NAME}") is None
+    lock_and_compare()
+    again = codecache.load(f"{tier.name}-{NAME}")
+    assert again is not None, "the entry was not written again"
+    assert path.read_bytes() != whole + b"\0"
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"garbage" * 100, b"\x7fELF" + bytes(500)], ids=["empty", "text", "elf"]
+)
+def test_an_entry_that_is_no_object_is_compiled_again(garbage, own_cache_of_portable):
+    tier = own_cache_of_portable
+    codecache.save(f"{tier.name}-{NAME}", garbage)
+    lock_and_compare()
+    assert codecache.load(f"{tier.name}-{NAME}") not in (None, garbage), "the entry was not written again"
+
+
+@pytest.fixture
+def own_cache_of_portable(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPLOCK_CACHE", "1")
+    monkeypatch.setenv("DEEPLOCK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiers, "_kernels", {})
+    with use_tier("portable") as tier:
+        yield tier
