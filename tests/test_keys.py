@@ -517,6 +517,14 @@ def read_only_bytes():
     return np.frombuffer(bytes(40), np.float32)
 
 
+OWN_BOX = deeplock.SBox(bytes(reversed(range(256))))
+
+
+def tensors_locked(key, **keywords):
+    tensors = {"a": bytearray(9)}
+    return tensors, deeplock.lock_tensors(tensors, key, **keywords)
+
+
 MISTAKES = {
     "an iv too short": lambda key: CounterSchedule(key, IV[:9]),
     "an iv of another type": lambda key: CounterSchedule(key, 3),
@@ -534,9 +542,9 @@ MISTAKES = {
     "tensors that are no memory": lambda key: deeplock.lock_tensors({"a": bytearray(9), "b": "text"}, key),
     "an unknown schedule": lambda key: deeplock.lock_tensors({"a": bytearray(9)}, key, schedule="none"),
     "an unknown S-Box": lambda key: deeplock.lock_tensors({"a": bytearray(9)}, key, sbox="none"),
-    "another key": lambda key: deeplock.unlock_tensors(
-        *(lambda tensors: (tensors, deeplock.lock_tensors(tensors, MasterKey.generate())))({"a": bytearray(9)}), key
-    ),
+    "another key": lambda key: deeplock.unlock_tensors(*tensors_locked(MasterKey.generate(key.bits)), key),
+    "another length": lambda key: deeplock.unlock_tensors(*tensors_locked(MasterKey.generate(128 if key.bits == 256 else 256)), key),
+    "an S-Box that is not at hand": lambda key: deeplock.unlock_tensors(*tensors_locked(key, sbox=OWN_BOX), key),
     "a file that is there": lambda key: key.to_file(__file__),
 }
 

@@ -244,12 +244,14 @@ def run_one(call: Call, undo: Undo | None) -> None:
         # One step for the interpreter, so that nothing comes between the kernel and the note that it ran.
         done.extend(starmap(call.function, (call.arguments,)))
     except BaseException:
-        for _ in range(_ATTEMPTS):  # more exceptions may come meanwhile
-            with suppress(BaseException):
-                while done and undo is not None and not back:
-                    reverse = undo(call)
-                    back.extend(starmap(reverse.function, (reverse.arguments,)))
-                break
+        attempts = 0  # more exceptions may come meanwhile
+        while done and not back and undo is not None and attempts < _ATTEMPTS:
+            attempts += 1
+            try:
+                reverse = undo(call)
+                back.extend(starmap(reverse.function, (reverse.arguments,)))
+            except BaseException:  # the first one is raised below
+                pass
         raise
 
 
@@ -260,10 +262,17 @@ def _lead_elsewhere(job: _Job) -> None:
         while not job.complete:
             job.events.get()
     except BaseException as error:
-        while True:  # more exceptions may come meanwhile, and change nothing
-            with suppress(BaseException):
-                job.settle(error)
-                break
+        # More exceptions may come meanwhile, between any two calls and at the end of each round, and change nothing.
+        while True:
+            try:
+                while True:
+                    try:
+                        job.settle(error)
+                        return
+                    except BaseException:
+                        pass
+            except BaseException:
+                pass
 
 
 def available_threads() -> int:
