@@ -8,6 +8,7 @@ bytes for reading), and PyTorch tensors on the CPU.
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Memory(NamedTuple):
         return self.address + self.nbytes
 
 
+_FIELD_NAMES = re.compile(":[^:]*:")  # in the format of a record
 _CONTIGUOUS = "accepted is one contiguous block in C order; make it so first, as with numpy.ascontiguousarray"
 
 
@@ -81,7 +83,7 @@ def memory(data: object, argument: str = "data", *, writable: bool = False) -> M
         raise BufferTypeError(
             f"{argument}: got {type(data).__name__}, accepted are arrays, CPU tensors and buffers{hint}"
         ) from None
-    if "O" in view.format:
+    if "O" in _FIELD_NAMES.sub("", view.format):
         raise BufferTypeError(f"{argument}: got a buffer of Python objects, accepted are plain numbers")
     if not view.c_contiguous:
         raise BufferLayoutError(f"{argument}: got a buffer with gaps or another order, {_CONTIGUOUS}")

@@ -8,15 +8,17 @@ message is one line `deeplock: error: ...`. A command that fails leaves no outpu
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from deeplock_kernels import __version__
-from deeplock_kernels.errors import DeepLockError, WrongKeyError
+from deeplock_kernels.errors import DeepLockError, FileAccessError, WrongKeyError
 
 DONE, FAILED, USAGE, WRONG_KEY, INTERRUPTED = 0, 1, 2, 3, 130
+_LARGEST_SIZE = 1 << 46  # bytes, beyond what any machine has
 _UNITS = {
     "": 1,
     "B": 1,
@@ -32,6 +34,8 @@ _UNITS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code."""
     parsed = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         parsed.run(parsed)
         sys.stdout.flush()
@@ -44,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("deeplock: interrupted; nothing was changed", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+    except OSError as error:  # of the standard output: files have errors of their own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        if isinstance(error, BrokenPipeError):  # its reader, such as `head`, has enough
+            return DONE
+        return _complain(f"standard output: {error.strerror}", FAILED)
     return DONE
 
 
@@ -132,7 +138,7 @@ def _positive(text: str) -> int:
 def _size(text: str) -> int:
     number = text.rstrip("BKMGIbkmgi")
     unit = _UNITS.get(text[len(number) :].upper())
-    if unit is None or not number.isdecimal() or int(number) < 1:
+    if unit is None or not number.isdecimal() or not 1 <= int(number) * unit < _LARGEST_SIZE:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, accepted are sizes such as 65536, 64KiB, 256MiB and 2GiB"
         )
@@ -282,6 +288,10 @@ def _warmup(arguments: argparse.Namespace) -> None:
     from deeplock_kernels.runtime import codecache
     from deeplock_kernels.runtime.tiers import warmup
 
+    if arguments.into is not None and codecache.directory(create=True) is None:
+        raise FileAccessError(
+            f"{arguments.into}: it cannot be a cache; accepted is a directory that nobody else can write, or a new one"
+        )
     with tqdm(desc="compiling", unit=" kernels", leave=False, disable=None, file=sys.stderr) as bar:
         count = warmup(arguments.tier, bar.update)
     print(f"{codecache.directory() or 'no cache to be used'}: {count} kernels are ready")

@@ -44,7 +44,7 @@ class MasterKey:
         ParameterError
             `bits` is not 128, 192 or 256.
         """
-        if isinstance(bits, bool) or bits not in KEY_BITS:
+        if type(bits) is not int or bits not in KEY_BITS:
             raise ParameterError(f"bits: got {bits!r}, accepted are 128, 192 and 256")
         return cls.from_bytes(secrets.token_bytes(bits // 8))
 
@@ -95,13 +95,12 @@ class MasterKey:
         """
         text = path_text(path)
         with file_errors(text, "read"), open(text, "rb") as file:
-            line = file.read(66)
-        try:
-            return cls.from_hex(line.removesuffix(b"\n").decode("ascii"))
-        except (UnicodeDecodeError, KeyFormatError):
+            secret = _from_line(file.read(66))  # a traceback shows nothing else of the file's content
+        if secret is None:
             raise KeyFormatError(
                 f"{text}: not a key file; accepted is one line of 32, 48 or 64 lowercase hexadecimal digits"
-            ) from None
+            )
+        return cls.from_bytes(secret)
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Write a key file that only its owner can read (mode 0600); an existing file is never overwritten.
@@ -114,12 +113,12 @@ class MasterKey:
             After `wipe()`.
         """
         text = path_text(path)
-        line = key_bytes(self).hex().encode() + b"\n"
+        key_bytes(self)
         with file_errors(text, "written"):
             descriptor = os.open(text, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 with open(descriptor, "wb") as file:
-                    file.write(line)
+                    file.write(key_bytes(self).hex().encode() + b"\n")
                     file.flush()
                     os.fsync(descriptor)
             except BaseException:
@@ -190,16 +189,30 @@ def key_bytes(key: object, argument: str = "key") -> bytes:
     return data
 
 
+def _from_line(line: bytes) -> bytes | None:
+    """Give the key in the line of a key file, or None."""
+    digits = line.removesuffix(b"\n")
+    valid = len(digits) in (32, 48, 64) and all(chr(digit) in _HEX_DIGITS for digit in digits)
+    return bytes.fromhex(digits.decode()) if valid else None
+
+
 class Derivation:
     """All that is derived from a master key and the salt of one lock, by labels (RFC 5869, HKDF-SHA256)."""
 
+    __slots__ = ("_pseudorandom_key", "key_bits")
+
     def __init__(self, key: object, salt: bytes) -> None:
+        if not isinstance(salt, bytes):
+            raise KeyTypeError(f"salt: got {type(salt).__name__}, accepted are bytes")
         secret = key_bytes(key)
-        self._key_length = len(secret)
+        self.key_bits = 8 * len(secret)
         self._pseudorandom_key = hmac.digest(salt, secret, "sha256")
 
     def __repr__(self) -> str:
-        return "Derivation(...)"
+        return f"Derivation({self.key_bits} bits)"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise KeyTypeError("Derivation: it cannot be pickled or copied; make it again from its key and salt")
 
     def _expand(self, info: bytes, length: int) -> bytes:
         output = block = b""
@@ -211,8 +224,8 @@ class Derivation:
     def tensor_key_iv(self, schedule: str, sbox: str, name: str) -> tuple[bytes, bytes]:
         """Give a tensor's own key, as long as the master key, and its 16-byte iv."""
         label = f"deeplock/v1/tensor/{schedule}/{sbox}\0{name}".encode()
-        both = self._expand(label, self._key_length + 16)
-        return both[: self._key_length], both[self._key_length :]
+        both = self._expand(label, self.key_bits // 8 + 16)
+        return both[:-16], both[-16:]
 
     def check(self) -> bytes:
         """Give the 16 bytes by which a header knows its key."""

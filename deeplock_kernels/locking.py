@@ -16,6 +16,8 @@ from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, Schedule
 from deeplock_kernels.schedules.base import MAX_OFFSET, check_range
 from deeplock_kernels.transform import Transform
 
+_NO_SCHEDULE = object()  # what None must never mean
+
 
 def lock(
     data: Any,
@@ -98,7 +100,7 @@ def substitute(
     BufferTypeError, BufferLayoutError, ReadOnlyError, SizeMismatchError, OverlapError, ParameterError, UnknownNameError
         As for `lock`.
     """
-    return _apply("unlock" if inverse else "lock", data, None, sbox, 0, out, threads)
+    return _apply("unlock" if inverse else "lock", data, _NO_SCHEDULE, sbox, 0, out, threads)
 
 
 def find_sbox(sbox: object, argument: str = "sbox") -> SBox:
@@ -119,7 +121,7 @@ def find_sbox(sbox: object, argument: str = "sbox") -> SBox:
 def _apply(
     direction: str,
     data: Any,
-    schedule: Schedule | None,
+    schedule: object,
     sbox: object,
     offset: int,
     out: Any,
@@ -138,7 +140,7 @@ def _apply(
                 run_one(schedule.call(transform, address, nbytes, offset), transform.revert)
                 return data
     source = buffers.memory(data)
-    if schedule is not None and not isinstance(schedule, Schedule):
+    if schedule is not _NO_SCHEDULE and not isinstance(schedule, Schedule):
         raise BufferTypeError(
             f"schedule: got {type(schedule).__name__}, accepted is a schedule "
             f"({', '.join(kind.__name__ for kind in SCHEDULES.values())})"
@@ -146,7 +148,7 @@ def _apply(
     box = find_sbox(sbox)
     offset = check_range(offset, source.nbytes)
     count = resolve_threads(threads)
-    if schedule is not None:
+    if isinstance(schedule, Schedule):
         schedule.ready()
     result = buffers.new_like(data) if out is None else out
     target = buffers.output_memory(result, source)
@@ -154,7 +156,7 @@ def _apply(
         return result
     transform = Transform.of(box, direction, active_tier())
     piece = transform.piece(source.nbytes, count)
-    if schedule is None:
+    if not isinstance(schedule, Schedule):
         function = transform.kernel("substitute")
         calls = [
             Call(

@@ -23,7 +23,7 @@ from deeplock_kernels.errors import (
     WrongKeyError,
 )
 from deeplock_kernels.header import SALT_BYTES, LockHeader, TensorRecord, sbox_field
-from deeplock_kernels.keys import Derivation, MasterKey, key_bytes
+from deeplock_kernels.keys import Derivation, MasterKey
 from deeplock_kernels.locking import find_sbox, unlock
 from deeplock_kernels.runtime.pool import Call, resolve_threads
 from deeplock_kernels.sboxes import SBOXES, SBox
@@ -219,10 +219,10 @@ class NamedLock:
     Use `new` to lock and `from_header` to unlock.
     """
 
-    def __init__(self, secret: bytes, salt: bytes, schedule: str, sbox: SBox) -> None:
+    def __init__(self, key: Key, salt: bytes, schedule: str, sbox: SBox) -> None:
         self.sbox, self.salt = sbox, salt
-        self._secret, self._schedule = secret, schedule
-        self._derivation = Derivation(secret, salt)
+        self._key, self._schedule = key, schedule
+        self._derivation = Derivation(key, salt)
         self._streams: dict[str, Schedule] = {}
         self._list: CounterList | None = None
 
@@ -231,7 +231,7 @@ class NamedLock:
         """Draw a new salt."""
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
             raise UnknownNameError(f"schedule: got {schedule!r}, accepted are {', '.join(SCHEDULES)}")
-        return cls(key_bytes(key), secrets.token_bytes(SALT_BYTES), schedule, sbox)
+        return cls(key, secrets.token_bytes(SALT_BYTES), schedule, sbox)
 
     @classmethod
     def from_header(cls, key: Key, header: LockHeader, *, check: bool, sbox: SBox | None) -> NamedLock:
@@ -248,15 +248,15 @@ class NamedLock:
             raise HeaderError(
                 f"header: got {type(header).__name__}, accepted is a LockHeader; see LockHeader.from_json"
             )
-        secret = key_bytes(key)
+        derivation = Derivation(key, header.salt)
         if check:
-            if len(secret) * 8 != header.key_bits:
+            if derivation.key_bits != header.key_bits:
                 raise WrongKeyError(
-                    f"key: got {len(secret) * 8} bits, the tensors were locked with {header.key_bits}"
+                    f"key: got {derivation.key_bits} bits, the tensors were locked with {header.key_bits}"
                 )
-            if not hmac.compare_digest(Derivation(secret, header.salt).check(), header.check):
+            if not hmac.compare_digest(derivation.check(), header.check):
                 raise WrongKeyError("key: it is not the one that locked these tensors; nothing was changed")
-        return cls(secret, header.salt, header.schedule, _header_sbox(header, sbox))
+        return cls(key, header.salt, header.schedule, _header_sbox(header, sbox))
 
     def header(self, sizes: Mapping[str, tuple[int, str | None]]) -> LockHeader:
         """Describe a lock of tensors given as (number of bytes, name of the tensor it shares storage with, or None)."""
@@ -272,7 +272,7 @@ class NamedLock:
         return LockHeader(
             schedule=self._schedule,
             sbox=sbox_field(self.sbox),
-            key_bits=len(self._secret) * 8,
+            key_bits=self._derivation.key_bits,
             salt=self.salt,
             check=self._derivation.check(),
             tensors=MappingProxyType(records),
@@ -283,7 +283,7 @@ class NamedLock:
         root = _root(header, name)
         if self._schedule == ExpansionSchedule.name:
             if "" not in self._streams:
-                self._streams[""] = ExpansionSchedule(self._secret)
+                self._streams[""] = ExpansionSchedule(self._key)
             return self._streams[""], header.tensors[root].start or 0
         if root not in self._streams:
             label = header.sbox if isinstance(header.sbox, str) else header.sbox["sha256"]
@@ -299,7 +299,7 @@ class NamedLock:
         if self._schedule == CounterSchedule.name:
             ranges = [(block.address, block.nbytes) for block in blocks.values()]
             keys = [b"".join(self._key_iv(header, name)) for name in blocks]
-            self._list = CounterList(ranges, keys, len(self._secret) * 8)
+            self._list = CounterList(ranges, keys, self._derivation.key_bits)
             return self._list.calls(transform, piece)
         calls: list[Call] = []
         for name, block in blocks.items():
@@ -322,7 +322,7 @@ class NamedLock:
             self._list.wipe()
 
     def __repr__(self) -> str:
-        return f"NamedLock({self._schedule}, {len(self._secret) * 8} bits)"
+        return f"NamedLock({self._schedule}, {self._derivation.key_bits} bits)"
 
 
 def select(names: Iterable[str], only: Selection) -> list[str]:

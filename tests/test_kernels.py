@@ -504,6 +504,7 @@ def test_many_threads_may_share_a_fresh_expansion(tier, bits, chained, monkeypat
             def work(i, turn=turn, keys=keys, barrier=barrier, results=results):
                 start = (3 * i + turn) % count * segment + 500 * i
                 barrier.wait()
+                time.sleep(i % 4 * 0.0005)  # some arrive while others are at it
                 results[i] = start, keys.keystream(70_000, start)
 
             threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]

@@ -76,7 +76,7 @@ def test_from_hex(bits):
     assert key_bytes(key) == SECRETS[bits]
 
 
-@pytest.mark.parametrize("bits", [*SECRETS, np.int64(256)])
+@each_length
 def test_generate(bits):
     keys = {key_bytes(MasterKey.generate(bits)) for _ in range(1000)}
     assert len(keys) == 1000
@@ -513,39 +513,50 @@ def test_a_traceback_with_locals_shows_no_key(kind):
     assert_silent(text, SECRETS[256], PSEUDORANDOM[256])
 
 
-def read_only_bytes():
-    return np.frombuffer(bytes(40), np.float32)
-
-
 OWN_BOX = deeplock.SBox(bytes(reversed(range(256))))
 
 
-def tensors_locked(key, **keywords):
+def lock_with(key, **keywords):
     tensors = {"a": bytearray(9)}
     return tensors, deeplock.lock_tensors(tensors, key, **keywords)
 
 
+def unlock_with(key, locked_with, **keywords):
+    tensors, header = lock_with(locked_with, **keywords)
+    deeplock.unlock_tensors(tensors, key, header)
+
+
 MISTAKES = {
-    "an iv too short": lambda key: CounterSchedule(key, IV[:9]),
-    "an iv of another type": lambda key: CounterSchedule(key, 3),
-    "no number of words": lambda key: expand_key(key, "44"),
-    "fewer words than none": lambda key: expand_key(key, -1),
-    "too many words": lambda key: expand_key(key, 2**40),
-    "a salt that is none": lambda key: Derivation(key, None),
-    "a name that is no text": lambda key: Derivation(key, SALT).tensor_key_iv("counter", "aes", "\ud800"),
-    "an offset below zero": lambda key: deeplock.lock(bytes(9), CounterSchedule(key, IV), offset=-1),
-    "an offset of another type": lambda key: ExpansionSchedule(key).keystream(9, 1.5),
-    "output that is read-only": lambda key: deeplock.lock(
-        read_only_bytes(), CounterSchedule(key, IV), out=read_only_bytes()
+    "an iv too short": (errors.KeyFormatError, lambda key: CounterSchedule(key, IV[:9])),
+    "an iv of another type": (errors.KeyTypeError, lambda key: CounterSchedule(key, 3)),
+    "no number of words": (errors.ParameterError, lambda key: expand_key(key, "44")),
+    "fewer words than none": (errors.ParameterError, lambda key: expand_key(key, -1)),
+    "too many words": (errors.ParameterError, lambda key: expand_key(key, 2**40)),
+    "a salt that is none": (TypeError, lambda key: Derivation(key, None)),
+    "a name that is no text": (
+        UnicodeEncodeError,
+        lambda key: Derivation(key, SALT).tensor_key_iv("counter", "aes", "\ud800"),
     ),
-    "tensors that are read-only": lambda key: deeplock.lock_tensors({"a": read_only_bytes()}, key),
-    "tensors that are no memory": lambda key: deeplock.lock_tensors({"a": bytearray(9), "b": "text"}, key),
-    "an unknown schedule": lambda key: deeplock.lock_tensors({"a": bytearray(9)}, key, schedule="none"),
-    "an unknown S-Box": lambda key: deeplock.lock_tensors({"a": bytearray(9)}, key, sbox="none"),
-    "another key": lambda key: deeplock.unlock_tensors(*tensors_locked(MasterKey.generate(key.bits)), key),
-    "another length": lambda key: deeplock.unlock_tensors(*tensors_locked(MasterKey.generate(128 if key.bits == 256 else 256)), key),
-    "an S-Box that is not at hand": lambda key: deeplock.unlock_tensors(*tensors_locked(key, sbox=OWN_BOX), key),
-    "a file that is there": lambda key: key.to_file(__file__),
+    "an offset below zero": (
+        errors.ParameterError,
+        lambda key: deeplock.lock(bytes(9), CounterSchedule(key, IV), offset=-1),
+    ),
+    "an offset of another type": (errors.ParameterError, lambda key: ExpansionSchedule(key).keystream(9, 1.5)),
+    "output that is read-only": (
+        errors.ReadOnlyError,
+        lambda key: deeplock.lock(bytes(9), CounterSchedule(key, IV), out=bytes(9)),
+    ),
+    "tensors that are read-only": (errors.ReadOnlyError, lambda key: deeplock.lock_tensors({"a": bytes(9)}, key)),
+    "tensors that are no memory": (errors.BufferTypeError, lambda key: deeplock.lock_tensors({"a": "text"}, key)),
+    "an unknown schedule": (errors.UnknownNameError, lambda key: lock_with(key, schedule="none")),
+    "an unknown S-Box": (errors.UnknownNameError, lambda key: lock_with(key, sbox="none")),
+    "another key": (errors.WrongKeyError, lambda key: unlock_with(key, MasterKey.generate(key.bits))),
+    "another length": (
+        errors.WrongKeyError,
+        lambda key: unlock_with(key, MasterKey.generate(128 if key.bits == 256 else 256)),
+    ),
+    "an S-Box that is not at hand": (errors.SBoxError, lambda key: unlock_with(key, key, sbox=OWN_BOX)),
+    "a file that is there": (errors.FileAccessError, lambda key: key.to_file(__file__)),
 }
 
 
@@ -553,8 +564,9 @@ MISTAKES = {
 @each_length
 def test_no_mistake_shows_the_key_in_an_error(mistake, bits):
     """Reporters of errors collect the local variables of all frames, the package's own too."""
-    with pytest.raises((errors.DeepLockError, TypeError, ValueError)) as caught:
-        MISTAKES[mistake](master(bits))
+    kind, make = MISTAKES[mistake]
+    with pytest.raises(kind) as caught:
+        make(master(bits))
     assert_silent(trail(caught.value), SECRETS[bits], PSEUDORANDOM[bits])
 
 
@@ -569,6 +581,25 @@ def test_a_refused_key_is_not_in_the_message(length):
     assert_silent(f"{error!s} {error!r} {error.args}", key)
     error = refuse(errors.KeyTypeError, TypeError, "", ExpansionSchedule, text)
     assert_silent(f"{error!s} {error!r} {error.args}", key)
+
+
+HALF_MADE = {
+    "from_bytes": lambda: MasterKey.from_bytes(b"short"),
+    "from_hex": lambda: MasterKey.from_hex("short"),
+    "generate": lambda: MasterKey.generate(1),
+    "CounterSchedule": lambda: CounterSchedule(b"short", IV),
+    "CounterSchedule's iv": lambda: CounterSchedule(SECRETS[128], b"short"),
+    "ExpansionSchedule": lambda: ExpansionSchedule(b"short"),
+    "Derivation": lambda: Derivation(b"short", SALT),
+}
+
+
+@pytest.mark.parametrize("make", HALF_MADE)
+def test_an_object_that_was_never_finished_has_a_text_for_error_reports(make):
+    with pytest.raises(errors.DeepLockError) as caught:
+        HALF_MADE[make]()
+    assert "Error: " in "".join(traceback.format_exception(caught.value))
+    trail(caught.value)
 
 
 # Derived

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from support import BITS, BOXES, KEYS, SCHEDULES, painted
 
 from deeplock_kernels import reference
+from deeplock_kernels.buffers import memory
 from deeplock_kernels.errors import (
     BufferLayoutError,
     BufferTypeError,
@@ -1088,8 +1089,12 @@ def test_no_key_shows_itself(schedule, bits):
 def test_the_key_streams_are_wiped_at_the_end():
     header = lock_tensors(some_tensors(), KEY)
     lock = NamedLock.from_header(KEY, header, check=True, sbox=None)
+    blocks = {"b": memory(painted(16))}
     with lock:
         schedule, _ = lock.stream(header, "b")
         assert schedule.keystream(16).any()
+        lock.calls(header, blocks, Transform(AES, "unlock"), 4096)
+        assert any(lock._list._keys.raw)
     with pytest.raises(KeyWipedError):
         schedule.keystream(16)
+    assert not any(lock._list._keys.raw)

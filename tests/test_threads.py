@@ -611,6 +611,19 @@ def test_ctrl_c_at_any_moment_takes_everything_back(operation, kind, threads, pi
     assert found == {"lost": 0, "half": 0, "running": 0, "wrong": 0, "reached": wanted}
 
 
+@pytest.mark.parametrize("bursts", [False, True])
+def test_ctrl_c_takes_everything_back_where_no_thread_is_to_be_had(bursts):
+    program = """
+def refused(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = refused
+"""
+    program = SWEEP.replace("operation, kind,", program + "operation, kind,", 1)
+    found = json.loads(run(program, json.dumps(["lock", "counter", 2, "many", bursts, "alarm", 30])))
+    assert found.pop("changed") <= (1 if sys.version_info < (3, 11) else 0)
+    assert found == {"lost": 0, "half": 0, "running": 0, "wrong": 0, "reached": 30}
+
+
 def test_ctrl_c_into_other_memory_leaves_the_source_and_no_thread_at_work():
     program = """
 size = 500 * tiers.active_tier().pace

@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import secrets
 import stat
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -24,8 +26,8 @@ _MAGIC = b"deeplock object 1\n"
 
 @functools.cache
 def stamp() -> str:
-    """Digest all package sources and the versions of the compilers, as 32 hexadecimal digits."""
-    digest = hashlib.sha256()
+    """Digest all package sources, the versions of the compilers and the kind of machine, as 32 hexadecimal digits."""
+    digest = hashlib.sha256(platform.machine().encode() + b"\0")
     root = Path(__file__).resolve().parent.parent
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0")
@@ -60,7 +62,9 @@ def directory(*, create: bool = False) -> Path | None:
             return None
         entries = base / stamp()
         if create:
-            entries.mkdir(mode=0o700, parents=True, exist_ok=True)
+            base.parent.mkdir(parents=True, exist_ok=True)
+            base.mkdir(mode=0o700, exist_ok=True)
+            entries.mkdir(mode=0o700, exist_ok=True)
         return entries if _trusted(base.resolve()) and _trusted(entries) else None
     except (OSError, RuntimeError, metadata.PackageNotFoundError):
         return None
@@ -73,14 +77,18 @@ def load(name: str) -> bytes | None:
         return None
     path = entries / f"{name}.o"
     try:
-        if not _trusted(path):
+        if not (_trusted(path) and stat.S_ISREG(os.lstat(path).st_mode)):
             return None
         data = path.read_bytes()
     except OSError:
         return None
     code = data[len(_MAGIC) + 32 :]
-    whole = data.startswith(_MAGIC) and data[len(_MAGIC) : len(_MAGIC) + 32] == hashlib.sha256(code).digest()
-    return code if whole else None
+    return code if data == _sealed(name, code) else None
+
+
+def _sealed(name: str, code: bytes) -> bytes:
+    """Give the content of an entry: damage shows, and so does another kernel's name."""
+    return _MAGIC + hashlib.sha256(name.encode() + b"\0" + code).digest() + code
 
 
 def save(name: str, code: bytes) -> None:
@@ -91,7 +99,10 @@ def save(name: str, code: bytes) -> None:
     temporary = entries / f".{name}.{secrets.token_hex(8)}"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(code).digest() + code)
+            file.write(_sealed(name, code))
         os.replace(temporary, entries / f"{name}.o")
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise

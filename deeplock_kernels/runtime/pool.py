@@ -10,6 +10,7 @@ works alone.
 from __future__ import annotations
 
 import logging  # noqa: F401 - so that its fork hook, registered before ours, takes its lock after ours
+import operator
 import os
 import sys
 import threading
@@ -284,10 +285,13 @@ def available_threads() -> int:
 
 
 def _count(name: str, value: object) -> int:
-    number = value.__index__() if hasattr(value, "__index__") and not isinstance(value, bool) else 0
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
     if number < 1:
         raise ParameterError(f"{name}: got {value!r}, accepted is a whole number of at least 1 (or None for all)")
-    return int(number)
+    return number
 
 
 def set_num_threads(threads: int | None) -> None:

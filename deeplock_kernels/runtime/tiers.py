@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import itertools
 import os
 import platform
 import sys
@@ -84,6 +85,7 @@ TIERS = (
 _lock = threading.RLock()
 _kernels: dict[tuple[str, KernelName], Callable[..., None]] = {}
 _kept: list[Any] = []  # what compiled code lives in
+_links = itertools.count()
 _forced: Tier | None = None
 
 
@@ -314,7 +316,7 @@ def _from_object(code: bytes, arity: int) -> Callable[..., None]:
 
     symbol = "deeplock_kernel"
     library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol).add_current_process()
-    tracker = library.link(_linker(), f"deeplock{len(_kept)}")
+    tracker = library.link(_linker(), f"deeplock{next(_links)}")
     _kept.append(tracker)
     return _as_function(tracker[symbol], arity)
 

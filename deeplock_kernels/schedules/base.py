@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn
@@ -118,14 +119,19 @@ def check_integer(value: object, argument: str) -> int:
     ParameterError
         It is something else.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ParameterError(
-            f"{argument}: got {type(value).__name__}, accepted is a whole number of at least 0"
-        )
-    number = value.__index__()
-    if number < 0:
-        raise ParameterError(f"{argument}: got {number}, accepted is a whole number of at least 0")
-    return int(number)
+    number = whole_number(value)
+    if number is None or number < 0:
+        got = type(value).__name__ if number is None else number
+        raise ParameterError(f"{argument}: got {got}, accepted is a whole number of at least 0")
+    return number
+
+
+def whole_number(value: object) -> int | None:
+    """Give an int for whatever is a whole number (not a bool), else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def check_range(offset: object, nbytes: int) -> int:

@@ -41,12 +41,12 @@ class CounterSchedule(Schedule):
     def __init__(
         self, key: bytes | bytearray | memoryview | MasterKey, iv: bytes | bytearray | memoryview
     ) -> None:
-        secret = key_bytes(key)
         if not isinstance(iv, (bytes, bytearray, memoryview)):
             raise KeyTypeError(f"iv: got {type(iv).__name__}, accepted are 16 bytes")
         start = bytes(iv)
         if len(start) != 16:
             raise KeyFormatError(f"iv: got {len(start)} bytes, accepted are 16")
+        secret = key_bytes(key)
         super().__init__(len(secret) * 8)
         self._key = ctypes.create_string_buffer(secret + start, len(secret) + 16)
         self._address = ctypes.addressof(self._key)

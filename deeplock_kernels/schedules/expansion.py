@@ -53,12 +53,12 @@ def expand_key(key: bytes | bytearray | memoryview | MasterKey, words: int) -> n
     ParameterError
         `words` is not a whole number of at least 0.
     """
-    secret = key_bytes(key)
     count = check_integer(words, "words")
     if 4 * count > 2**40:
         raise ParameterError(
             f"words: got {count}, accepted are up to 2^38; use ExpansionSchedule for ranges further on"
         )
+    secret = key_bytes(key)
     stream = b""
     if 4 * count > len(secret):
         with ExpansionSchedule(secret) as schedule:
