@@ -44,9 +44,9 @@ class MasterKey:
         ParameterError
             `bits` is not 128, 192 or 256.
         """
-        if type(bits) is not int or bits not in KEY_BITS:
+        if not hasattr(bits, "__index__") or isinstance(bits, bool) or bits not in KEY_BITS:
             raise ParameterError(f"bits: got {bits!r}, accepted are 128, 192 and 256")
-        return cls.from_bytes(secrets.token_bytes(bits // 8))
+        return cls.from_bytes(secrets.token_bytes(int(bits) // 8))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> MasterKey:
@@ -145,7 +145,7 @@ class MasterKey:
         self.wipe()
 
     def __repr__(self) -> str:
-        return f"MasterKey({self.bits} bits)" if self._bytes else "MasterKey(wiped)"
+        return f"MasterKey({self.bits} bits)" if getattr(self, "_bytes", b"") else "MasterKey(wiped)"
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -209,7 +209,7 @@ class Derivation:
         self._pseudorandom_key = hmac.digest(salt, secret, "sha256")
 
     def __repr__(self) -> str:
-        return f"Derivation({self.key_bits} bits)"
+        return f"Derivation({getattr(self, 'key_bits', 0)} bits)"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise KeyTypeError("Derivation: it cannot be pickled or copied; make it again from its key and salt")

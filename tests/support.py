@@ -8,6 +8,7 @@ import mmap
 import random
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from deeplock_kernels import reference
 from deeplock_kernels.kernels.signatures import (
@@ -22,6 +23,7 @@ from deeplock_kernels.locking import lock, unlock
 from deeplock_kernels.runtime import forms, tiers
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
 from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule
+from deeplock_kernels.transform import Transform
 
 BITS = (128, 192, 256)
 SCHEDULES = ("counter", "expansion")
@@ -72,6 +74,13 @@ def key_stream(schedule, bits, nbytes):
     return np.frombuffer(stream, np.uint8)
 
 
+def openssl_key_stream(key, iv, nbytes, offset):
+    block, skip = divmod(offset, 16)
+    counter = (int.from_bytes(iv, "big") + block) % 2**128
+    encryptor = Cipher(algorithms.AES(key), modes.CTR(counter.to_bytes(16, "big"))).encryptor()
+    return np.frombuffer(encryptor.update(bytes(skip + nbytes)), np.uint8)[skip:]
+
+
 def make_schedule(schedule, bits):
     return CounterSchedule(KEYS[bits], IV) if schedule == "counter" else ExpansionSchedule(KEYS[bits])
 
@@ -88,6 +97,11 @@ def aligned(nbytes):
 EVERY_KERNEL = [(tier, name) for tier in tiers.TIERS for name in every_name(tier.forms)]
 
 
+def forget_transforms():
+    """Make the package choose pieces and ask for kernels anew."""
+    Transform.of.cache_clear()
+
+
 def kernel_id(value):
     return value.name if isinstance(value, tiers.Tier) else str(value)
 
@@ -95,7 +109,7 @@ def kernel_id(value):
 class RawKernel:
     """A kernel with its parameters in memory, to be called with addresses.
 
-    Its parameters come from the oracle. A kernel that unlocks is given the table that it applies.
+    A kernel that unlocks is given the table that it applies, as the package does.
 
     Parameters
     ----------
@@ -109,9 +123,8 @@ class RawKernel:
         self._kept = []
         place = place or self._place
         self.key = KEYS.get(name.bits)
-        if name.operation == "counter":
-            round_keys = b"".join(key.to_bytes(16, "big") for key in reference.round_keys(self.key))
-            self._schedule = [place(round_keys + IV)]
+        if name.operation.startswith("counter"):
+            self._schedule = [place(self.key + IV), place(RCON_WORDS) + RCON_START]
         elif name.operation == "expansion":
             self._schedule = [place(self.key), place(RCON_WORDS) + RCON_START]
         elif name.operation == "expansion_indexed":
@@ -132,6 +145,9 @@ class RawKernel:
         operation = self.name.operation
         if operation == "substitute":
             self.function(target, source, nbytes, self._box)
+        elif operation == "counter_list":
+            record = (ctypes.c_int64 * 5)(target, source, nbytes, offset, self._schedule[0])
+            self.function(ctypes.addressof(record), 1, self._schedule[1], self._box)
         elif operation == "expansion_indexed":
             groups, rest = divmod(nbytes, SEGMENTS_PER_GROUP * segment_bytes(self.name.bits))
             assert rest == 0
@@ -142,13 +158,14 @@ class RawKernel:
     def expected(self, data, offset=0):
         """Compute what it makes of `data`."""
         table = table_of(self.box)
-        if self.name.operation == "substitute":
+        operation, bits = self.name.operation, self.name.bits
+        if operation == "substitute":
             return table[data]
-        if self.name.operation == "expansion_indexed":
-            streams = b"".join(segment_stream(state, self.name.bits) for state in self._states)
+        if operation == "expansion_indexed":
+            streams = b"".join(segment_stream(state, bits) for state in self._states)
             stream = np.frombuffer(streams, np.uint8)[: len(data)]
         else:
-            stream = key_stream(self.name.operation, self.name.bits, 4096)[offset : offset + len(data)]
+            stream = key_stream(operation.split("_")[0], bits, 4096)[offset : offset + len(data)]
         return table[data ^ stream] if self.name.direction == "lock" else table[data] ^ stream
 
 
@@ -200,6 +217,13 @@ def run_kernels_between_forbidden_pages(tier_name):
             lengths = range(330)
         for nbytes in lengths:
             offset = 11 * nbytes % 97
+            if name.operation == "counter_past_cache":
+                offset -= offset % 16
+                kernel(target_end - (nbytes + 63) // 64 * 64, source_end - nbytes, nbytes, offset)
+                kernel(target_start, source_start, nbytes, offset)
+                if nbytes % 64 == 0:
+                    kernel(target_end - nbytes, source_start, nbytes, offset)
+                continue
             kernel(target_end - nbytes, source_end - nbytes, nbytes, offset)
             kernel(target_start, source_start, nbytes, offset)
             kernel(target_end - nbytes, target_end - nbytes, nbytes, offset)

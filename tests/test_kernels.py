@@ -18,7 +18,7 @@ import support
 from processes import Process, run
 from support import BITS, BOXES, DIRECTIONS, IV, KEYS, OPERATIONS, SCHEDULES, painted
 
-from deeplock_kernels import reference
+from deeplock_kernels import reference, transform
 from deeplock_kernels.errors import KeyWipedError, ParameterError
 from deeplock_kernels.kernels.signatures import (
     RCON_START,
@@ -29,7 +29,7 @@ from deeplock_kernels.kernels.signatures import (
 )
 from deeplock_kernels.locking import lock, substitute, unlock
 from deeplock_kernels.runtime import tiers
-from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule, expand_key, expansion
+from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule, counter, expand_key, expansion
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "scheme_v1.json").read_text(encoding="utf-8"))
 
@@ -99,7 +99,7 @@ def windows(tail_only):
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["separate", "in_place"])
-@kernels("counter", "expansion", "substitute")
+@kernels("counter", "counter_list", "expansion", "substitute")
 def test_every_start_alignment_with_every_tail_length_changes_nothing_else(tier, name, in_place):
     """Each window lies in a row of its own; whole rows are compared, so that neighbours on both sides are."""
     kernel = support.RawKernel(tier, name)
@@ -121,6 +121,59 @@ def test_every_start_alignment_with_every_tail_length_changes_nothing_else(tier,
             kernel(into + row * ROW, from_ + row * ROW, length, offset)
         assert np.array_equal(target, np.roll(wanted, alignment)), alignment
         assert np.array_equal(source, np.roll(plain, other)), alignment
+
+
+@kernels("counter_past_cache")
+def test_kernel_past_the_cache_at_every_alignment_of_the_source_changes_nothing_else(tier, name):
+    """The target starts at a multiple of 64, and the place in the key stream at one of 16."""
+    kernel = support.RawKernel(tier, name)
+    plan = [(base + tail, 16 * (tail % 5)) for base in (0, 256, 512) for tail in range(64)]
+    row = 2 * ROW
+    plain, background = painted(len(plan) * row), painted(len(plan) * row, 100)
+    wanted = background.copy()
+    for i, (length, offset) in enumerate(plan):
+        window = slice(i * row + 64, i * row + 64 + length)
+        wanted[window] = kernel.expected(plain[window], offset)
+    target, source = support.aligned(plain.size), support.aligned(plain.size)
+    for alignment in (*range(0, 64, 5), 63):
+        target[:] = background
+        source[:] = np.roll(plain, alignment)
+        into, from_ = target.ctypes.data + 64, source.ctypes.data + 64 + alignment
+        for i, (length, offset) in enumerate(plan):
+            kernel(into + i * row, from_ + i * row, length, offset)
+        assert np.array_equal(target, wanted), alignment
+        assert np.array_equal(source, np.roll(plain, alignment)), alignment
+
+
+@kernels("counter_list")
+def test_list_kernel_takes_each_record_with_its_own_key_and_place(tier, name):
+    kernel = support.RawKernel(tier, name)
+    length, count = name.bits // 8, 12
+    random = np.random.default_rng(name.bits)
+    keys = [random.bytes(length + 16) for _ in range(count)]
+    plain = painted(count * ROW)
+    wanted, target = plain.copy(), plain.copy()
+    source = plain.copy()
+    records = (ctypes.c_int64 * (5 * count))()
+    for i, key in enumerate(keys):
+        nbytes, offset = (0, 1, 17, 64, 255, 300)[i % 6], (0, 5, 2**40 + 3)[i % 3]
+        start = i * ROW + 7 * i
+        window = slice(start, start + nbytes)
+        stream = np.frombuffer(
+            reference.counter_keystream(key[:length], key[length:], nbytes, offset), np.uint8
+        )
+        table = support.table_of(kernel.box)
+        wanted[window] = (
+            table[plain[window] ^ stream] if name.direction == "lock" else table[plain[window]] ^ stream
+        )
+        place = target.ctypes.data + start
+        origin = place if i % 2 else source.ctypes.data + start
+        records[5 * i : 5 * i + 5] = place, origin, nbytes, offset, kernel._place(key)
+    kernel.function(ctypes.addressof(records), 0, *kernel._schedule[1:], kernel._box)
+    assert np.array_equal(target, plain)
+    kernel.function(ctypes.addressof(records), count, *kernel._schedule[1:], kernel._box)
+    assert np.array_equal(target, wanted)
+    assert np.array_equal(source, plain)
 
 
 @kernels("expansion_indexed")
@@ -177,6 +230,53 @@ def test_forbidden_pages_end_the_process_that_reads_them():
     program = "import ctypes, support; ctypes.string_at(support.place_before_forbidden_page(b'abc'), {})"
     assert run(program.format(3)) == ""
     Process(program.format(4)).finish(returncode=-signal.SIGSEGV, errors=None)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("box", ["aes", "sm4", "random"])
+def test_large_output_elsewhere_is_written_past_the_cache_from_any_address(tier, box, direction, monkeypatch):
+    """Buffers are large from one byte on here, and small pieces make many calls of one buffer."""
+    monkeypatch.setattr(counter, "_PAST_CACHE", 1)
+    monkeypatch.setattr(transform, "_SMALLEST_PIECE", 1)
+    monkeypatch.setattr(transform, "_LARGEST_PIECE", 1)
+    support.forget_transforms()
+    asked = set()
+    original = transform.kernel
+
+    def kernel(tier, name):
+        asked.add(name.operation)
+        return original(tier, name)
+
+    monkeypatch.setattr(transform, "kernel", kernel)
+    keys = support.make_schedule("counter", 256)
+    stream = np.frombuffer(support.openssl_key_stream(KEYS[256], IV, 40_000, 0), np.uint8)
+    plain = painted(40_000)
+    wanted = support.expected(direction, plain, stream, BOXES[box])
+    out = support.aligned(40_000)
+    for address in range(64):
+        for length in (1, 15, 16, 63, 64, 65, 256, 1000, 3 * 4096 + 100, 39_000):
+            for offset in (address % 16, address % 16 + 16, 5):
+                out[:] = 0xA5
+                window, part = slice(address, address + length), slice(offset, offset + length)
+                options = {"sbox": BOXES[box], "offset": offset, "threads": 1 + address % 3}
+                OPERATIONS[direction](plain[part], keys, out=out[window], **options)
+                assert np.array_equal(out[window], wanted[part]), (address, length, offset)
+                assert (out[: window.start] == 0xA5).all()
+                assert (out[window.stop :] == 0xA5).all()
+    assert asked == {"counter", "counter_past_cache"}
+    support.forget_transforms()
+
+
+def test_output_elsewhere_at_the_size_from_which_it_goes_past_the_cache(tier):
+    largest = counter._PAST_CACHE + 3
+    plain, keys = painted(largest), support.make_schedule("counter", 128)
+    stream = support.openssl_key_stream(KEYS[128], IV, largest, 0)
+    wanted = support.expected("lock", plain, stream, BOXES["aes"])
+    out = support.aligned(largest + 80)
+    for length in (largest - 4, largest - 3, largest):
+        for address in (0, 16, 17):
+            lock(plain[:length], keys, out=out[address : address + length])
+            assert np.array_equal(out[address : address + length], wanted[:length]), (address, length)
 
 
 # Values
@@ -414,7 +514,10 @@ def test_expansion_across_small_blocks(tier, bits, monkeypatch):
         keys = ExpansionSchedule(KEYS[bits])
         for start in order:
             assert np.array_equal(keys.keystream(100, start), whole[start : start + 100]), start
-    for start in (100, 0):  # from 0 on, two groups in a row could be one call, but each has a block of its own
+    for start in (
+        100,
+        0,
+    ):  # from 0 on, two groups in a row could be one call, but each has a block of its own
         keys = ExpansionSchedule(KEYS[bits])
         assert np.array_equal(keys.keystream(whole.size - start, start), whole[start:])
 

@@ -30,11 +30,11 @@ class Schedule(ABC):
     """
 
     name: ClassVar[str]
-    bits: int
+    bits: int = 0
+    _wiped = False
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self._wiped = False
 
     @abstractmethod
     def calls(
