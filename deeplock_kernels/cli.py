@@ -150,9 +150,11 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
+    from deeplock_kernels.checkpoints.container import read_table
+
     try:
-        total: int | None = os.path.getsize(path)
-    except OSError:
+        total: int | None = read_table(path).data_bytes
+    except DeepLockError:  # said when the work begins
         total = None
     with tqdm(
         total=total,

@@ -137,7 +137,9 @@ def _apply(
             except (TypeError, ValueError, BufferError):
                 address = 0  # read-only, with gaps, or of a dtype without a buffer: the long way says what is wrong
             if address and 0 <= offset <= MAX_OFFSET - nbytes:
-                run_one(schedule.call(transform, address, nbytes, offset), transform.revert)
+                call = schedule.call(transform, address, nbytes, offset)
+                transform.prepare_undo()
+                run_one(call, transform.revert)
                 return data
     source = buffers.memory(data)
     if schedule is not _NO_SCHEDULE and not isinstance(schedule, Schedule):

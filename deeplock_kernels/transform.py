@@ -38,6 +38,7 @@ class Transform:
         )
         self.small = 2 * _SMALLEST_PIECE * self._tier.pace
         self._kernels: dict[tuple[str, int], Callable[..., None]] = {}
+        self._undoable = 0
 
     @classmethod
     @functools.lru_cache(maxsize=256)
@@ -63,10 +64,23 @@ class Transform:
 
     def run(self, calls: Sequence[Call], threads: int, *, in_place: bool) -> None:
         """Run planned calls; if that fails half way, take back what was done in place."""
+        if in_place:
+            self.prepare_undo()
         pool.run(calls, threads, self.revert if in_place else None)
+
+    def prepare_undo(self) -> None:
+        """Have the kernels that undo at hand before anything is done."""
+        if self._undoable != len(self._kernels):
+            opposite = self._opposite()
+            for operation, bits in tuple(self._kernels):
+                opposite.kernel(operation, bits)
+            self._undoable = len(self._kernels)
 
     def revert(self, finished: Call) -> Call:
         """Give the call that takes back a finished one."""
-        opposite = Transform.of(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)
+        opposite = self._opposite()
         what = next(key for key, function in self._kernels.items() if function is finished.function)
         return Call(opposite.kernel(*what), (*finished.arguments[:-1], opposite.box))
+
+    def _opposite(self) -> Transform:
+        return Transform.of(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)

@@ -397,11 +397,11 @@ LOCKED_UP = {
     "an array over bytes": lambda: np.frombuffer(painted(36), np.float32),
     **READ_ONLY,
 }
-REFUSED = [
-    *((make, name, errors.BufferTypeError, TypeError, "data: got ") for name, make in NO_MEMORY.items()),
-    *((make, name, errors.BufferTypeError, TypeError, "data: got a") for name, make in OBJECTS.items()),
-    *((make, name, errors.BufferLayoutError, ValueError, "data: got a") for name, make in GAPS.items()),
-]
+REFUSED = {
+    **{name: (make, errors.BufferTypeError, TypeError, "data: got ") for name, make in NO_MEMORY.items()},
+    **{name: (make, errors.BufferTypeError, TypeError, "data: got a") for name, make in OBJECTS.items()},
+    **{name: (make, errors.BufferLayoutError, ValueError, "data: got a") for name, make in GAPS.items()},
+}
 
 OPERATIONS = {
     "lock": lambda data, **keywords: lock(data, schedule(), **keywords),
@@ -423,8 +423,9 @@ def refuse(kind, builtin, start, operation, *arguments, **keywords):
 
 
 @each_operation
-@pytest.mark.parametrize(("make", "name", "kind", "builtin", "start"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_is_no_memory_is_refused(operation, make, name, kind, builtin, start):
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_memory_is_refused(operation, name):
+    make, kind, builtin, start = REFUSED[name]
     data = make()
     refuse(kind, builtin, start, operation, data)
     refuse(kind, builtin, start, operation, data, threads=1)
@@ -433,8 +434,8 @@ def test_what_is_no_memory_is_refused(operation, make, name, kind, builtin, star
         refuse(kind, builtin, start, operation, data, out=data)
         source = bytes(painted(36))
         refuse(kind, builtin, start.replace("data", "out"), operation, source, out=data)
-    if isinstance(data, np.ndarray) and not data.dtype.hasobject and name != "broadcast" and name != "a field":
-        assert content(np.ascontiguousarray(make())) == content(np.ascontiguousarray(data))
+    if isinstance(data, np.ndarray):
+        np.testing.assert_array_equal(data, make())
 
 
 @each_operation
@@ -566,10 +567,7 @@ def tensor_of(torch, dtype, shape):
     return data.view(dtype).reshape(shape)
 
 
-TENSOR_DTYPES = (
-    "float32 float64 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu "
-    "float4_e2m1fn_x2 uint8 int8 int16 uint16 int32 uint32 int64 uint64 bool complex64 complex128 complex32"
-).split()
+TENSOR_DTYPES = ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool", "complex64", "complex128", "complex32"]
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")

@@ -421,7 +421,9 @@ def test_a_real_ctrl_c(folder, command):
     finally:
         running.kill()
         os.unlink("large")
-    assert (running.returncode, out, err) == (130, "", "deeplock: interrupted; nothing was changed\n")
+    assert (running.returncode, out) == (130, "")
+    # Before that line Python may say of a generator of its own that it was cut off.
+    assert err.splitlines()[-1] == "deeplock: interrupted; nothing was changed"
     assert (folder / "new").read_text() == "old"
     assert not list(folder.glob(".*"))
 

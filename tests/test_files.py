@@ -14,8 +14,8 @@ import threading
 import pytest
 
 from deeplock_kernels import files
-from deeplock_kernels.files import atomic_output, check_distinct, file_errors
 from deeplock_kernels.errors import FileAccessError, ParameterError, SameFileError
+from deeplock_kernels.files import atomic_output, check_distinct, file_errors
 
 OLD, NEW = b"old content", b"the new content " * 5000  # larger than the file's buffer
 

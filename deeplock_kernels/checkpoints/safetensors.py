@@ -245,9 +245,13 @@ def _mapped(file: BinaryIO, table: Table, begin: int, end: int) -> Iterator[int]
     with file_errors(table.source, "read"):
         if os.fstat(file.fileno()).st_size < table.data_start + table.data_bytes:
             raise ContainerError(f"{table.source}: it became shorter while it was read; nothing was written")
-        mapped = mmap.mmap(
-            file.fileno(), table.data_start + end - aligned, access=mmap.ACCESS_READ, offset=aligned
-        )
+        length = table.data_start + end - aligned
+        try:
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=aligned)
+        except ValueError:  # it became shorter just now
+            raise ContainerError(
+                f"{table.source}: it became shorter while it was read; nothing was written"
+            ) from None
     with mapped:
         view = np.frombuffer(mapped, np.uint8)
         try:

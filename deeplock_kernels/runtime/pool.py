@@ -149,14 +149,16 @@ class _Threads:
     def __init__(self) -> None:
         self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.known: list[threading.Thread] = []
+        self._refused = -1.0  # when the system last refused one
 
     def grow(self, count: int) -> None:
         """Have at least `count` threads, as far as they are to be had."""
-        while len(self.known) < count:
+        while len(self.known) < count and time.monotonic() > self._refused + 1:
             thread = threading.Thread(target=_serve, args=(self.queue,), name="deeplock", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # at interpreter exit, or where no more threads are allowed
+                self._refused = time.monotonic()
                 return
             self.known.append(thread)
 
