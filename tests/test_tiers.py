@@ -286,16 +286,16 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
 
 
-FUNCTION = "function:"
+LABEL, FUNCTION = "label:", "function:"
 
 
 def instructions(assembly):
-    """List the instructions of an assembly and where each function starts, but no directives."""
+    """List the instructions and labels of an assembly, but no directives."""
     code = []
     for line in (line.split("#")[0].strip() for line in assembly.splitlines()):
-        if line.endswith(":") and not line.startswith("."):
-            code.append(Instruction(FUNCTION, ()))
-        elif line and line[0] != "." and line[-1] != ":":
+        if line.endswith(":"):
+            code.append(Instruction(LABEL if line.startswith(".L") else FUNCTION, (line[:-1],)))
+        elif line and line[0] != ".":
             mnemonic, *rest = line.split(None, 1)
             code.append(Instruction(mnemonic, tuple(re.split(r",\s*(?![^(]*\))", rest[0])) if rest else ()))
     return code
@@ -326,6 +326,7 @@ print(json.dumps([[name, assembly(tier, KernelName(*name))] for name in json.loa
 
 def check_instructions(tier_name, name, code):
     """Check that code has the instructions and the registers that name its tier, and none above it."""
+    code = [line for line in code if line.mnemonic not in (LABEL, FUNCTION)]
     whole = "\n".join(f"{mnemonic} {', '.join(operands)}" for mnemonic, operands in code)
     used = {mnemonic for mnemonic, _ in code}
     if tier_name == "portable":
@@ -388,11 +389,11 @@ def test_code_of_any_tier_can_be_made_where_it_cannot_run(tier_name, told):
 
 # Constant time. In a tier that claims it, data, key stream and tables live in vector registers, and
 # instructions on those take the same time whatever they hold. Time could tell of them only through an
-# address, a branch or a length, and those come from general registers and flags. So the code is followed in
-# the order of its text, twice over for the sake of loops, and what general registers, flags and stack hold
-# is marked: data came from a vector register, or from memory other than the stack. No secret are the
-# arguments, the records of a list and the start of the counter, which tells where it carries. All this
-# looks at code, it does not measure time.
+# address, a branch or a length, and those come from general registers and flags. So it is followed, along
+# every way through the code, which general registers, flags and bytes of the stack hold data: what came
+# from a vector register, or from memory other than the stack. No secret are the arguments, the records of a
+# list and the start of the counter, which tells where it carries. All this looks at code, it does not
+# measure time.
 
 MEMORY = re.compile(r"[-\w.]*\((?P<registers>[^)]*)\)$")
 SETS_FLAGS_FROM_VECTORS = re.compile(r"v?(ptest|u?comis|pcmp[ei]str)|vtest|k(or)?test")
@@ -424,19 +425,30 @@ def instructions_that_tell_of_data(name, code):
         )
     if name.operation == "counter_list":
         public += r"|(8|16|24|32)?\(%\w+,%\w+,8\)"  # the records
-    found, function = [], []
-    for line in [*code, Instruction(FUNCTION, ())]:
-        if line.mnemonic == FUNCTION:
-            held = set()  # general registers, "flags" and bytes of the stack that hold data
-            found += [follow(each, held, public) for each in 2 * function]
-            function = []
-        else:
-            function.append(line)
-    return [line for line in found if line]
+    at_labels, before = {}, None  # what may hold data where a label is reached, by whatever way
+    while at_labels != before:
+        before = {label: set(held) for label, held in at_labels.items()}
+        found = []
+        held = (
+            set()
+        )  # general registers, "flags" and bytes of the stack that hold data, or None behind a jump
+        for line in code:
+            if line.mnemonic == FUNCTION:
+                held = set()
+            elif line.mnemonic == LABEL:
+                held = at_labels.setdefault(line.operands[0], set()) | (held or set())
+                at_labels[line.operands[0]] = set(held)
+            elif held is not None:
+                found += follow(line, held, public)
+                if line.mnemonic[0] == "j":
+                    at_labels.setdefault(line.operands[0], set()).update(held)
+                if line.mnemonic.startswith(("jmp", "ret", "ud2")):
+                    held = None
+    return found
 
 
 def follow(line, held, public):
-    """Note what holds data after an instruction; give it back if it tells of data."""
+    """Note what holds data after an instruction; give a list of it if it tells of data."""
     mnemonic, operands = line
     last = operands[-1] if operands else ""
     wide = {"%x": 16, "%y": 32, "%z": 64}.get(operands[0][:2], 0) if operands else 0
@@ -449,7 +461,7 @@ def follow(line, held, public):
         held |= stack_bytes(last, wide or 8)
         if SETS_FLAGS_FROM_VECTORS.match(mnemonic):
             held.add("flags")
-        return line if tells else None
+        return [line] if tells else []
     if mnemonic.startswith("lea"):
         tells = False
     if mnemonic.startswith("call"):
@@ -485,7 +497,7 @@ def follow(line, held, public):
     if not KEEPS_FLAGS.match(mnemonic):
         held.discard("flags")
         held.update({"flags"} if data else ())
-    return line if tells else None
+    return [line] if tells else []
 
 
 @pytest.mark.skipif(ARM, reason="reads the assembly of x86")
@@ -517,7 +529,8 @@ def test_time_cannot_tell_of_data_in_a_constant_time_tier(tier_name, name):
         "vmovdqa %ymm0, 64(%rsp); movl 80(%rsp), %eax; movb (%rcx,%rax), %al",
         "movl (%rdi), %eax; movq %rax, 8(%rsp); movq 8(%rsp), %rcx; movb (%rcx), %al",
         "movzbl (%rdi), %edx; callq *%rax",
-        "movb (%rcx,%rax), %dl; movl (%rdi), %eax",
+        ".LBB0_1:; movb (%rcx,%rax), %dl; movl (%rdi), %eax; jmp .LBB0_1",
+        "vmovd %xmm0, %eax; jmp .LBB0_2; .LBB0_1:; movb (%rax), %cl; .LBB0_2:; cmpl $1, %edi; je .LBB0_1",
     ],
 )
 def test_what_tells_of_data_is_seen(lines):
@@ -528,6 +541,8 @@ def test_what_tells_of_data_is_seen(lines):
     "lines",
     [
         "movl (%rdi), %eax; xorl 4(%rdi), %eax; vmovd %eax, %xmm0; xorl %eax, %eax; movb (%rax), %cl",
+        ".LBB0_1:; movb (%rcx,%rax), %dl; movl (%rdi), %eax; movl %edx, %eax; xorl %eax, %eax; jmp .LBB0_1",
+        "vmovd %xmm0, %eax; jmp .LBB0_2; .LBB0_1:; movb (%rax), %cl; .LBB0_2:; ret",
         "cmpq $64, %rcx; jne .LBB0_1; vmovdqu (%rdi,%rcx), %ymm0",
         "vmovdqa %ymm0, 64(%rsp); movq %rax, 64(%rsp); movq 64(%rsp), %rcx; movb $0, (%rcx)",
     ],

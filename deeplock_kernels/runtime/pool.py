@@ -51,7 +51,7 @@ class _Job:
         self.events: SimpleQueue[None] = SimpleQueue()
         self._reverts: list[object] = []
         self._waiting = deque(calls)
-        self._done: list[Call] = []
+        self._done: list[tuple[Call, None]] = []
         self._helpers, self._undo = helpers, undo
         self._inside = 0
         self._closed = False
@@ -81,17 +81,26 @@ class _Job:
         if not _is_first(self._reverts):
             return
         try:
-            for call in reversed(self._done if self._undo is not None else ()):
-                back = self._undo(call)  # type: ignore[misc]
-                back.function(*back.arguments)
+            self._take_back()
         except BaseException as error:  # the caller has to know of this one
             self.error = error
         self.reverted = True
         self.events.put(None)
 
-    def settle(self, error: BaseException) -> None:
-        """Stop the list for an exception that came into the waiting main thread, and wait until it is undone."""
+    def _take_back(self) -> None:
+        while self._undo is not None and self._done:
+            back = self._undo(self._done[-1][0])
+            self._done[-1:] = filter(None, starmap(back.function, (back.arguments,)))  # one step again: drops the last
+
+    def settle(self, error: BaseException, *, led_here: bool) -> None:
+        """Stop the list for an exception that came into the main thread, and see to it that it is undone."""
         self.error = self.error or error
+        if led_here:
+            self._closed = True
+            while self._inside:
+                self.pause()
+            self._take_back()
+            return
         self.verdicts.append(False)
         self.leads.append(None)
         if self.leads[0] is None:
@@ -130,11 +139,11 @@ class _Job:
             try:
                 if call.before is not None:
                     call.before()
-                call.function(*call.arguments)
+                # One step for the interpreter: a kernel that ran is always noted.
+                self._done.extend(zip((call,), starmap(call.function, (call.arguments,)), strict=False))
             except BaseException as error:
                 self.error = self.error or error
                 return
-            self._done.append(call)
 
 
 def _is_first(entries: list[object]) -> bool:
@@ -259,9 +268,13 @@ def run_one(call: Call, undo: Undo | None) -> None:
 
 
 def _lead_elsewhere(job: _Job) -> None:
+    led_here = False
     try:
-        if not _send(job.lead):
+        led_here = not _send(job.lead)
+        if led_here:
             job.lead()
+            if job.error is not None:
+                raise job.error  # its undoing may have been cut off as well
         while not job.complete:
             job.events.get()
     except BaseException as error:
@@ -270,7 +283,7 @@ def _lead_elsewhere(job: _Job) -> None:
             try:
                 while True:
                     try:
-                        job.settle(error)
+                        job.settle(error, led_here=led_here)
                         return
                     except BaseException:
                         pass
