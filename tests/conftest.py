@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from deeplock_kernels.runtime.tiers import TIERS, host_features, use_tier
+
+# Whoever started the tests may have had Ctrl-C ignored, as shells do for what runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 settings.register_profile(
     "deeplock",

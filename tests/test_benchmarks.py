@@ -419,7 +419,7 @@ def test_a_peer_that_is_not_installed_is_reported_as_missing(document, report, t
         },
     }
     text = report.write_report(Results(lacking), tmp_path).read_text()
-    assert "**Not installed, so not measured: pyaegis.**" in text
+    assert re.search(r"\*\*Not installed, so not measured: .*\bpyaegis\b", text)
     assert "- pyaegis is not installed: `test_peer[m-pyaegis]`" in text
     assert re.search(r"^\| pyaegis AEGIS-128X4 \| .* \| – \| – \| – \|$", text, re.M)
     assert text.count("Nothing of this was measured in this run.") >= 8

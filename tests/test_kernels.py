@@ -9,7 +9,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -565,7 +564,6 @@ def chained(monkeypatch):
 
         def counted(states, segments, rcon):
             counts.append(segments)
-            time.sleep(0.001)  # for other threads to see what is not there yet
             function(states, segments, rcon)
 
         return counted
@@ -607,7 +605,6 @@ def test_many_threads_may_share_a_fresh_expansion(tier, bits, chained, monkeypat
             def work(i, turn=turn, keys=keys, barrier=barrier, results=results):
                 start = (3 * i + turn) % count * segment + 500 * i
                 barrier.wait()
-                time.sleep(i % 4 * 0.0005)  # some arrive while others are at it
                 results[i] = start, keys.keystream(70_000, start)
 
             threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
@@ -622,6 +619,35 @@ def test_many_threads_may_share_a_fresh_expansion(tier, bits, chained, monkeypat
             chained.clear()
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_a_state_is_not_used_before_it_is_there(tier, monkeypatch):
+    """While a chain kernel has not run yet, another thread asks for what that will give."""
+    segment = segment_bytes(192)
+    whole = support.key_stream("expansion", 192, 9 * segment)
+    keys = ExpansionSchedule(KEYS[192])
+    results, readers = [], []
+    original = tiers.kernel
+
+    def kernel(chosen, name):
+        function = original(chosen, name)
+
+        def late(states, segments, rcon):
+            reader = threading.Thread(target=lambda: results.append(keys.keystream(10, 2 * segment)))
+            reader.start()
+            reader.join(0.05)  # it waits, or it has what is not right
+            readers.append(reader)
+            function(states, segments, rcon)
+
+        return late if name.operation == "expansion_chain" else function
+
+    keys.keystream(1)  # so that the reader has its kernel already
+    monkeypatch.setattr(tiers, "kernel", kernel)
+    keys.keystream(10, 3 * segment)
+    for reader in readers:
+        reader.join()
+    assert len(results) == len(readers) == 1
+    assert np.array_equal(results[0], whole[2 * segment : 2 * segment + 10])
 
 
 # Wiping

@@ -15,22 +15,22 @@ from deeplock_kernels.kernels.signatures import RECORD_BYTES
 
 def read_byte(address: int) -> int:
     """Read the byte at an address."""
-    return ctypes.c_uint8.from_address(address).value
+    return ctypes.c_uint8.from_address(int(address)).value
 
 
 def read_quad(address: int) -> int:
     """Read the 64-bit integer at an address."""
-    return ctypes.c_int64.from_address(address).value
+    return ctypes.c_int64.from_address(int(address)).value
 
 
 def write_byte(address: int, value: int) -> None:
     """Write the low 8 bits of a value."""
-    ctypes.c_uint8.from_address(address).value = value
+    ctypes.c_uint8.from_address(int(address)).value = value
 
 
 def write_quad(address: int, value: int) -> None:
     """Write the low 64 bits of a value."""
-    ctypes.c_int64.from_address(address).value = value
+    ctypes.c_int64.from_address(int(address)).value = value
 
 
 def make_scratch(nbytes: int) -> Any:

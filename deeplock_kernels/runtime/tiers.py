@@ -294,7 +294,11 @@ def build(tier: Tier, name: KernelName) -> Any:
 
 
 def assembly(tier: Tier, name: KernelName) -> str:
-    """Compile a kernel of any tier, even one this machine cannot run, and give its assembly."""
+    """Compile a kernel and give its assembly, which is made of the tier's features alone.
+
+    Numba has to be able to compile for the tier: where the processor lacks its features, Numba has to be told of them
+    (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES).
+    """
     from deeplock_kernels.kernels import house
 
     with _lock:
