@@ -102,16 +102,18 @@ def reap(*pids):
         _, status = os.waitpid(pid, 0)
         assert status == 0, status
 """
-WARM = PREAMBLE + "\nexpected = locked(1)\n"
+WARM = f"{PREAMBLE}\ntransform._LARGEST_PIECE = 10**9\nexpected = locked(1)\ntransform._LARGEST_PIECE = 1\n"
 
 
 # Many callers
 
 
 @pytest.mark.parametrize("make", [lambda: CounterSchedule(KEY, IV), lambda: ExpansionSchedule(KEY)])
-def test_eight_threads_lock_different_buffers_with_one_schedule(make, small_pieces):
+def test_eight_threads_lock_different_buffers_with_one_schedule(make, small_pieces, monkeypatch):
     sizes = [1, 100, 4097, 65_280, 300_000, 1_000_001, 1_500_000, 2_000_003]
-    expected = [deeplock.lock(painted(size), make(), offset=i, threads=1) for i, size in enumerate(sizes)]
+    with monkeypatch.context() as patch:
+        patch.setattr(transform, "_LARGEST_PIECE", 10**9)  # all in one piece
+        expected = [deeplock.lock(painted(size), make(), offset=i, threads=1) for i, size in enumerate(sizes)]
     shared, start, results = make(), threading.Barrier(8), {}
 
     def work(i):
@@ -208,20 +210,21 @@ def test_a_failing_piece_takes_back_those_that_are_done(threads, failing, small_
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_exception_of_any_thread_reaches_the_caller_after_all_have_stopped(threads, kind):
-    caller, running, ran, everyone = threading.get_ident(), [], [], threading.Barrier(threads)
+    """One of the threads fails; the others finish the piece that they have, and begin no other."""
+    begun, ran, everyone = [], [], threading.Barrier(threads)
 
     def before():
-        running.append(1)
-        everyone.wait(20)
-        if threads == 1 or threading.get_ident() != caller:
-            raise kind("the test's own")
-        time.sleep(0.05)
+        begun.append(1)
+        if len(begun) <= threads:
+            if everyone.wait(20) == 0:
+                raise kind("the test's own")
+            time.sleep(0.05)
 
     with pytest.raises(kind, match="the test's own"):
-        pool.run([Call(lambda: (ran.append(1), running.clear()), (), before)] * 30, threads)
-    count = len(ran)
+        pool.run([Call(ran.append, (1,), before)] * 30, threads)
+    assert (len(begun), len(ran)) == (threads, threads - 1)
     time.sleep(0.05)
-    assert len(ran) == count <= 1
+    assert (len(begun), len(ran)) == (threads, threads - 1)
 
 
 def test_without_a_way_back_what_is_done_stays():
@@ -238,6 +241,16 @@ def test_without_a_way_back_what_is_done_stays():
 
 # Forks
 
+# Counts what lives at a fork. It runs after the pool's own hook: hooks before a fork run last in, first out.
+COUNT_THREADS = """
+import os, threading
+alive, tasks = [], []
+def count():
+    alive.append(threading.active_count())
+    if os.path.isdir("/proc/self/task"):
+        tasks.append(len(os.listdir("/proc/self/task")))
+os.register_at_fork(before=count)
+"""
 has_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
@@ -259,6 +272,8 @@ print("done")
 @has_fork
 def test_forks_while_other_threads_are_busy():
     program = """
+import warnings
+warnings.simplefilter("ignore")  # Python warns of the threads below, which are not the pool's
 stop, wrong, turns = threading.Event(), [], []
 def busy():
     while not stop.is_set():
@@ -278,33 +293,22 @@ stop.set()
 for thread in threads:
     thread.join()
 reap(*children)
-print(len(wrong))
+print(len(wrong), set(alive))
 """
-    # Python warns rightly: these threads are not the pool's.
-    program = program.replace("children = []", "import warnings; warnings.simplefilter('ignore'); children = []")
-    assert run(WARM + program) == "0\n"
+    assert run(COUNT_THREADS + WARM + program) == "0 {4}\n"
 
 
 @has_fork
 def test_no_thread_of_the_pool_lives_at_a_fork():
     """From Python 3.12 on each of them would make os.fork() warn, which is an error here."""
     program = """
-import os, threading
-seen = []
-def look():  # runs after the pool's own hook: those before a fork run last in, first out
-    seen.append(threading.active_count())
-    if os.path.isdir("/proc/self/task"):
-        seen.append(len(os.listdir("/proc/self/task")))
-os.register_at_fork(before=look)
-"""
-    program += WARM + """
 for _ in range(50):
     assert right()
     assert threading.active_count() > 1
     reap(fork(lambda: True))
-print(set(seen))
+print(set(alive), set(tasks) - {1})
 """
-    assert run(program) == "{1}\n"
+    assert run(COUNT_THREADS + WARM + program) == "{1} set()\n"
 
 
 @has_fork
@@ -396,9 +400,9 @@ caller.start()
 inside.wait()
 reap(fork(right))
 caller.join()
-print("done")
+print(alive)
 """
-    assert run(WARM + program) == "done\n"
+    assert run(COUNT_THREADS + WARM + program) == "[2]\n"
 
 
 @has_fork
