@@ -11,7 +11,7 @@ from benchmarks.models import Model
 from benchmarks.rounds import Prepare, Work
 from benchmarks.workspace import Spot
 from deeplock_kernels import measure
-from deeplock_kernels.kernels.signatures import KernelName
+from deeplock_kernels.kernels.signatures import RECORDS, KernelName
 from deeplock_kernels.locking import lock, substitute, unlock
 from deeplock_kernels.runtime import forms
 from deeplock_kernels.runtime.tiers import Tier, active_tier, kernel, use_tier
@@ -136,8 +136,8 @@ def limit(threads: int) -> Prepare:
             if pieces(len(spot.data), threads) > 1:
                 return measure.limits(spot.data, spot.out, threads)[measure.LIMIT]
             xor = kernel(active_tier(), KernelName("xor"))
-        address, nbytes = spot.data.ctypes.data, len(spot.data)
-        return lambda: xor(address, nbytes, 0x5A)
+        record = RECORDS["xor"].pack(spot.data.ctypes.data, len(spot.data), 0x5A)
+        return lambda: xor(record)
 
     return prepare
 

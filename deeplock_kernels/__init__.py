@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from deeplock_kernels.tensors import unlock_tensors as unlock_tensors
 
 
-
-
 def __getattr__(name: str) -> Any:
     home = _HOME_BY_NAME.get(name)
     if home is None:

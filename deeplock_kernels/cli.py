@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
 
     warm = command("warmup", _warmup, "compile every kernel of a tier into the cache, before it is needed")
     warm.add_argument("--tier", default=None, help="the tier (default the one in use); see `deeplock tiers`")
-    warm.add_argument("--into", metavar="DIR", default=None, help="a cache directory to fill, to ship with an image")
+    warm.add_argument(
+        "--into", metavar="DIR", default=None, help="a cache directory to fill, to ship with an image"
+    )
 
     demo = command(
         "demo", _demo, "lock a real network that reads digits, try wrong keys, unlock it, and measure"

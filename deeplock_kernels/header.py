@@ -164,7 +164,9 @@ class _Reader:
             where = f"tensors[{_shown(name)}]"
             fields = self._fields(entry, where, {"bytes"}, {"start", "same_as", "seal"})
             if "same_as" in fields and fields.keys() & {"start", "seal"}:
-                raise HeaderError(f"{where}: got same_as beside start or seal; those belong to the tensor it names")
+                raise HeaderError(
+                    f"{where}: got same_as beside start or seal; those belong to the tensor it names"
+                )
             if "same_as" not in fields and ("start" in fields) != (schedule == "expansion"):
                 raise HeaderError(f"{where}: start belongs to the expansion schedule, and only to it")
             if "same_as" in fields and not isinstance(fields["same_as"], str):
@@ -189,12 +191,16 @@ class _Reader:
     def _check_starts(self, records: Mapping[str, TensorRecord]) -> None:
         # One after the other from 0 on: so no key byte is used twice, and none is paid for in vain.
         starts = sorted(
-            (record.start, record.nbytes, name) for name, record in records.items() if record.start is not None
+            (record.start, record.nbytes, name)
+            for name, record in records.items()
+            if record.start is not None
         )
         expected = 0
         for start, nbytes, name in starts:
             if start != expected:
-                raise self._refusal(f"tensors[{_shown(name)}].start", start, f"{expected}, the end of the one before")
+                raise self._refusal(
+                    f"tensors[{_shown(name)}].start", start, f"{expected}, the end of the one before"
+                )
             expected += nbytes
             if expected > _LARGEST:
                 raise HeaderError(f"tensors[{_shown(name)}].bytes: got {nbytes}, its end is past 2^63 - 1")

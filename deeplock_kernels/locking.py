@@ -9,7 +9,7 @@ import numpy as np
 
 from deeplock_kernels import buffers
 from deeplock_kernels.errors import BufferTypeError, UnknownNameError
-from deeplock_kernels.runtime.pool import Call, resolve_threads, run_one
+from deeplock_kernels.runtime.pool import resolve_threads, run_one
 from deeplock_kernels.runtime.tiers import active_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, Schedule
@@ -135,7 +135,9 @@ def _apply(
             try:
                 address = ctypes.addressof(ctypes.c_char.from_buffer(data))  # type: ignore[arg-type]
             except (TypeError, ValueError, BufferError):
-                address = 0  # read-only, with gaps, or of a dtype without a buffer: the long way says what is wrong
+                address = (
+                    0  # read-only, with gaps, or of a dtype without a buffer: the long way says what is wrong
+                )
             if address and 0 <= offset <= MAX_OFFSET - nbytes:
                 call = schedule.call(transform, address, nbytes, offset)
                 transform.prepare_undo()
@@ -159,11 +161,9 @@ def _apply(
     transform = Transform.of(box, direction, active_tier())
     piece = transform.piece(source.nbytes, count)
     if not isinstance(schedule, Schedule):
-        function = transform.kernel("substitute")
         calls = [
-            Call(
-                function,
-                (target.address + i, source.address + i, min(piece, source.nbytes - i), transform.box),
+            transform.call(
+                "substitute", 0, target.address + i, source.address + i, min(piece, source.nbytes - i)
             )
             for i in range(0, source.nbytes, piece)
         ]

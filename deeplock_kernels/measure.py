@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS, KernelName, segment_bytes
+from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS, RECORDS, KernelName, segment_bytes
 from deeplock_kernels.locking import lock, unlock
 from deeplock_kernels.runtime.pool import Call, run
 from deeplock_kernels.runtime.tiers import active_tier, kernel
@@ -95,7 +95,7 @@ def limits(data: Any, copy: Any, threads: int) -> dict[str, Work]:
     address, target, nbytes = data.ctypes.data, copy.ctypes.data, data.nbytes
     piece = Transform(IDENTITY, "lock").piece(nbytes, threads)
     pieces = [(i, min(piece, nbytes - i)) for i in range(0, nbytes, piece)]
-    xors = [Call(xor, (address + i, n, 0x5A)) for i, n in pieces]
+    xors = [Call(xor, (RECORDS["xor"].pack(address + i, n, 0x5A),)) for i, n in pieces]
     memmove: Any = ctypes.memmove
     copies = [Call(memmove, (target + i, address + i, n)) for i, n in pieces]
     return {LIMIT: lambda: run(xors, threads), "copy (memcpy)": lambda: run(copies, threads)}
@@ -116,7 +116,11 @@ def locks(data: Any, threads: int) -> dict[str, Work]:
     segments = max(data.nbytes // segment_bytes(128), 1)
 
     def bare_chain() -> None:
-        chain(ctypes.addressof(states), segments, ctypes.addressof(rcon) + RCON_START)
+        chain(
+            RECORDS["expansion_chain"].pack(
+                ctypes.addressof(states), segments, ctypes.addressof(rcon) + RCON_START
+            )
+        )
 
     return {
         "lock, counter 128, aes": lambda: lock(data, counter_128, out=data, threads=threads),

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from struct import Struct
 
-from deeplock_kernels.kernels.signatures import KernelName
+from deeplock_kernels.kernels.signatures import RECORDS, KernelName
 from deeplock_kernels.runtime import forms, pool
 from deeplock_kernels.runtime.pool import Call
-from deeplock_kernels.runtime.tiers import Tier, active_tier, kernel
+from deeplock_kernels.runtime.tiers import Kernel, Tier, active_tier, kernel
 from deeplock_kernels.sboxes import SBox
 
 IDENTITY = SBox(bytes(range(256)))
 _SMALLEST_PIECE = 100  # microseconds of one core's work below which another thread does not pay
 _LARGEST_PIECE = 1000  # so that Ctrl-C is answered soon
 _PAGE = 4096
+_BOX = Struct("q")
 
 
 class Transform:
@@ -37,7 +39,7 @@ class Transform:
             sbox if direction == "lock" else sbox.inverse, self._tier.forms
         )
         self.small = 2 * _SMALLEST_PIECE * self._tier.pace
-        self._kernels: dict[tuple[str, int], Callable[..., None]] = {}
+        self._kernels: dict[tuple[str, int], Kernel] = {}
         self._undoable = 0
 
     @classmethod
@@ -46,13 +48,20 @@ class Transform:
         """Give the transform of these, made once."""
         return cls(sbox, direction, tier)
 
-    def kernel(self, operation: str, bits: int = 0) -> Callable[..., None]:
+    def kernel(self, operation: str, bits: int = 0) -> Kernel:
         """Give the kernel of an operation, for keys of `bits` bits where it takes one."""
         function = self._kernels.get((operation, bits))
         if function is None:
             name = KernelName(operation, bits, self._form, self._direction if bits else "")
             function = self._kernels[operation, bits] = kernel(self._tier, name)
         return function
+
+    def call(
+        self, operation: str, bits: int, *arguments: int, before: Callable[[], None] | None = None
+    ) -> Call:
+        """Plan a call of an operation's kernel; the parameters of the S-Box come behind the other arguments."""
+        record = RECORDS[operation].pack(*arguments, self.box)
+        return Call(self.kernel(operation, bits), (record,), before)
 
     def piece(self, nbytes: int, threads: int) -> int:
         """Say how many bytes one call should take out of `nbytes` in all: everything where threads do not pay."""
@@ -80,7 +89,7 @@ class Transform:
         """Give the call that takes back a finished one."""
         opposite = self._opposite()
         what = next(key for key, function in self._kernels.items() if function is finished.function)
-        return Call(opposite.kernel(*what), (*finished.arguments[:-1], opposite.box))
+        return Call(opposite.kernel(*what), (finished.arguments[0][:-8] + _BOX.pack(opposite.box),))
 
     def _opposite(self) -> Transform:
         return Transform.of(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)

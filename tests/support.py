@@ -14,6 +14,7 @@ from deeplock_kernels import reference
 from deeplock_kernels.kernels.signatures import (
     RCON_START,
     RCON_WORDS,
+    RECORDS,
     SEGMENTS_PER_GROUP,
     KernelName,
     every_name,
@@ -106,6 +107,12 @@ def kernel_id(value):
     return value.name if isinstance(value, tiers.Tier) else str(value)
 
 
+def with_integers(tier, name):
+    """Give a kernel as a function of integers."""
+    kernel, pack = tiers.kernel(tier, name), RECORDS[name.operation].pack
+    return lambda *arguments: kernel(pack(*arguments))
+
+
 class RawKernel:
     """A kernel with its parameters in memory, to be called with addresses.
 
@@ -119,7 +126,7 @@ class RawKernel:
 
     def __init__(self, tier, name, place=None):
         self.name = name
-        self.function = tiers.kernel(tier, name)
+        self.function = with_integers(tier, name)
         self._kept = []
         place = place or self._place
         self.key = KEYS.get(name.bits)
@@ -229,7 +236,7 @@ def run_kernels_between_forbidden_pages(tier_name):
             kernel(target_end - nbytes, target_end - nbytes, nbytes, offset)
     for bits in BITS:
         states = place_before_forbidden_page(KEYS[bits] + bytes(2 * bits // 8))
-        chain = tiers.kernel(tier, KernelName("expansion_chain", bits))
+        chain = with_integers(tier, KernelName("expansion_chain", bits))
         chain(states, 2, place_before_forbidden_page(RCON_WORDS) + RCON_START)
     for nbytes in range(330):
-        tiers.kernel(tier, KernelName("xor"))(target_end - nbytes, nbytes, 1)
+        with_integers(tier, KernelName("xor"))(target_end - nbytes, nbytes, 1)

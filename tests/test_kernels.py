@@ -22,6 +22,7 @@ from deeplock_kernels.errors import KeyWipedError, ParameterError
 from deeplock_kernels.kernels.signatures import (
     RCON_START,
     RCON_WORDS,
+    RECORDS,
     SEGMENTS_PER_GROUP,
     KernelName,
     segment_bytes,
@@ -206,7 +207,7 @@ forbids_pages = pytest.mark.skipif(
 @kernels("xor")
 def test_xor_kernel_changes_whole_steps_only(tier, name):
     step = 8 if tier.name == "portable" else 64
-    kernel = tiers.kernel(tier, name)
+    kernel = support.with_integers(tier, name)
     for alignment in (0, 1, 63):
         for nbytes in range(300):
             memory = support.aligned(512)
@@ -470,7 +471,7 @@ def test_chain_kernel_saves_the_state_before_each_segment(tier, bits):
     stream = support.key_stream("expansion", bits, segments * segment_bytes(bits)).tobytes()
     ends = [(i + 1) * segment_bytes(bits) for i in range(segments)]
     wanted = KEYS[bits] + b"".join(stream[end - length : end] for end in ends)
-    chain = tiers.kernel(tier, KernelName("expansion_chain", bits))
+    chain = support.with_integers(tier, KernelName("expansion_chain", bits))
     rcon = ctypes.create_string_buffer(RCON_WORDS)
     for count in (0, 1, 2, segments):
         states = ctypes.create_string_buffer(KEYS[bits] + b"\xa5" * (segments + 1) * length)
@@ -562,9 +563,9 @@ def chained(monkeypatch):
         if name.operation != "expansion_chain":
             return function
 
-        def counted(states, segments, rcon):
-            counts.append(segments)
-            function(states, segments, rcon)
+        def counted(record):
+            counts.append(RECORDS["expansion_chain"].unpack(record)[1])
+            function(record)
 
         return counted
 
@@ -632,13 +633,13 @@ def test_a_state_is_not_used_before_it_is_there(tier, monkeypatch):
     def kernel(chosen, name):
         function = original(chosen, name)
 
-        def late(states, segments, rcon):
+        def late(record):
             known.append(keys._known)
             reader = threading.Thread(target=lambda: results.append(keys.keystream(10, 2 * segment)))
             reader.start()
             reader.join(0.05)  # it waits, or it has what is not right
             readers.append(reader)
-            function(states, segments, rcon)
+            function(record)
 
         return late if name.operation == "expansion_chain" else function
 

@@ -18,7 +18,7 @@ from support import BOXES, painted
 from deeplock_kernels import transform
 from deeplock_kernels.errors import SelfTestError, UnknownNameError, UnsupportedTierError
 from deeplock_kernels.kernels import portable
-from deeplock_kernels.kernels.signatures import ARITY, KernelName, every_name, segment_bytes
+from deeplock_kernels.kernels.signatures import ARITY, RECORDS, KernelName, every_name, segment_bytes
 from deeplock_kernels.locking import lock, substitute
 from deeplock_kernels.runtime import codecache, selftest, tiers
 from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
@@ -577,9 +577,9 @@ def test_self_test_sees_one_wrong_bit(tier, name, place):
         nbytes = {"xor": 256, "counter_past_cache": 1000}.get(name.operation, 300)
         places = {"first": 0, "last": nbytes - 1, "behind": nbytes}
 
-    def wrong(*arguments):
-        right(*arguments)
-        target = arguments[0]
+    def wrong(record):
+        right(record)
+        target = RECORDS[name.operation].unpack(record)[0]
         if name.operation == "counter_list":  # the first record tells where
             target = ctypes.c_int64.from_address(target).value
         ctypes.c_uint8.from_address(target + places[place]).value ^= 0x10
@@ -641,7 +641,7 @@ def object_code(tier, name):
     if code is None:  # the cache is turned off
         from deeplock_kernels.kernels import house
 
-        code, _ = house.emit(house.compile_module(tiers.build(tier, name), name.arity), tier.requires)
+        code, _ = house.emit(house.compile_module(tiers.build(tier, name)), tier.requires)
     return code
 
 

@@ -12,40 +12,52 @@ import numba
 from llvmlite import binding as llvm
 from numba.core import config
 
+from deeplock_kernels.kernels.memory import make_record_reader
+
 ENTRY = "deeplock_kernel"  # the symbol of an object's only function
 
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
 
+_kernel = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 inlined = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 
-def compile_function(function: Any, arity: int) -> Any:
-    """Compile a kernel for this process alone, by Numba's documented way, and return something to call.
+def entry(function: Any, arity: int) -> Any:
+    """Make the function that takes a kernel's arguments from a record."""
+    kernel, read = _kernel(function), make_record_reader(arity)
+
+    def run(record):
+        kernel(*read(record))
+
+    return run
+
+
+def compile_function(function: Any) -> Any:
+    """Compile an entry for this process alone, by Numba's documented way, and return something to call.
 
     The result has an `address`, or is plain Python where Numba is told not to compile.
     """
     if config.DISABLE_JIT:
         return function
-    return numba.cfunc(numba.void(*[numba.int64] * arity), nopython=True, **_OPTIONS)(function)
+    return numba.cfunc(numba.void(numba.int64), nopython=True, **_OPTIONS)(function)
 
 
-def compile_module(function: Any, arity: int) -> Any:
-    """Compile a kernel to an LLVM module that exports `ENTRY` alone, a C function `void (int64, ...)`.
+def compile_module(function: Any) -> Any:
+    """Compile an entry to an LLVM module that exports `ENTRY` alone, a C function `void (const int64_t *record)`.
 
     It reaches into what Numba keeps of a compilation; `AttributeError` and the like mean that Numba has changed.
     """
-    arguments = (numba.int64,) * arity
-    dispatcher = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    arguments = (numba.int64,)
+    dispatcher = _kernel(function)
     dispatcher.compile(arguments)
     result = dispatcher.overloads[arguments]
     inner = result.fndesc.llvm_func_name
-    given = ", ".join(f"i64 %a{i}" for i in range(arity))
     module = llvm.parse_assembly(
         f"""{result.library._final_module}
-        define void @{ENTRY}({given}) {{
+        define void @{ENTRY}(i64 %record) {{
             %result = alloca i64
             %error = alloca i64
-            %status = call i32 @"{inner}"(ptr %result, ptr %error, {given})
+            %status = call i32 @"{inner}"(ptr %result, ptr %error, i64 %record)
             ret void
         }}"""
     )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from struct import Struct
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils
+from numba.core import types as numba_types
 from numba.extending import intrinsic, overload
 
 from deeplock_kernels.kernels.signatures import RECORD_BYTES
+
+types: Any = numba_types
 
 
 def read_byte(address: int) -> int:
@@ -102,6 +106,31 @@ def _write_byte_overload(address, value):
 @overload(write_quad)
 def _write_quad_overload(address, value):
     return lambda address, value: _write_quad(address, value)
+
+
+def make_record_reader(count: int) -> Any:
+    """Make a function that gives the integers of a record: of its bytes, or compiled of its address."""
+    unpack = Struct(f"{count}q").unpack
+
+    def read(record: bytes) -> tuple[int, ...]:
+        return unpack(record)
+
+    @intrinsic
+    def read_all(typingctx, address):
+        quads = types.UniTuple(types.int64, count)
+
+        def generate(context, builder, _signature, values):
+            place = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+            each = [builder.load(cgutils.gep_inbounds(builder, place, i), align=1) for i in range(count)]
+            return context.make_tuple(builder, quads, each)
+
+        return quads(types.int64), generate
+
+    @overload(read)
+    def read_overload(record):
+        return lambda record: read_all(record)
+
+    return read
 
 
 def make_counter_list(counter: Any) -> Any:

@@ -1,6 +1,7 @@
 """The names of all kernels and the arguments that each takes; no Numba here, so that callers stay light.
 
-All arguments are 64-bit signed integers: addresses, byte counts and positions.
+All arguments are 64-bit signed integers: addresses, byte counts and positions. A compiled kernel takes them as one
+record, `RECORDS[operation].pack(...)`, because ctypes charges for each argument what a kernel needs for a KiB.
 
 | operation          | arguments                                                                          |
 |--------------------|------------------------------------------------------------------------------------|
@@ -26,6 +27,7 @@ source, nbytes, offset and key, each as for `counter`.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import NamedTuple
 
 ARITY = {
@@ -38,6 +40,8 @@ ARITY = {
     "substitute": 4,
     "xor": 3,
 }
+
+RECORDS = {operation: Struct(f"{count}q") for operation, count in ARITY.items()}
 
 SEGMENT_ROUNDS = 4080  # a multiple of 51, Rcon's period, so that every segment starts with the same Rcon
 SEGMENTS_PER_GROUP = 4
@@ -92,7 +96,13 @@ def every_name(forms: tuple[str, ...]) -> list[KernelName]:
         names.append(KernelName("substitute", form=form))
         names += [
             KernelName(operation, bits, form, direction)
-            for operation in ("counter", "counter_past_cache", "counter_list", "expansion", "expansion_indexed")
+            for operation in (
+                "counter",
+                "counter_past_cache",
+                "counter_list",
+                "expansion",
+                "expansion_indexed",
+            )
             for bits in (128, 192, 256)
             for direction in _DIRECTIONS.get(form, ("lock", "unlock"))
         ]

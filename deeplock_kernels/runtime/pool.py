@@ -29,7 +29,7 @@ class Call(NamedTuple):
     """A kernel and its arguments, and what has to run before it (or None)."""
 
     function: Callable[..., None]
-    arguments: tuple[int, ...]
+    arguments: tuple[Any, ...]
     before: Callable[[], None] | None = None
 
 

@@ -14,6 +14,7 @@ from deeplock_kernels.errors import SelfTestError
 from deeplock_kernels.kernels.signatures import (
     RCON_START,
     RCON_WORDS,
+    RECORDS,
     SEGMENTS_PER_GROUP,
     KernelName,
     segment_bytes,
@@ -34,7 +35,7 @@ CHAIN_DIGESTS = {
 }
 
 
-def check(tier: str, name: KernelName, function: Callable[..., None]) -> None:
+def check(tier: str, name: KernelName, function: Callable[[bytes], None]) -> None:
     """Run a kernel on a known answer.
 
     Raises
@@ -42,7 +43,8 @@ def check(tier: str, name: KernelName, function: Callable[..., None]) -> None:
     SelfTestError
         The answer is wrong.
     """
-    if not _CHECKS[name.operation](name, function):
+    pack = RECORDS[name.operation].pack
+    if not _CHECKS[name.operation](name, lambda *arguments: function(pack(*arguments))):
         raise SelfTestError(
             f"kernel {tier}-{name}: got a wrong answer in its self-test, so it is not used; "
             "clear the cache directory, or use another tier"
@@ -78,7 +80,9 @@ def _check_counter(name: KernelName, function: Callable[..., None]) -> bool:
     table, box = _box(name)
     data = ctypes.create_string_buffer(_plain(_NBYTES))
     address = ctypes.addressof(data)
-    function(address, address, _NBYTES, _OFFSET, _address(both), _address(RCON_WORDS) + RCON_START, _address(box))
+    function(
+        address, address, _NBYTES, _OFFSET, _address(both), _address(RCON_WORDS) + RCON_START, _address(box)
+    )
     stream = reference.counter_keystream(key, _START, _NBYTES, _OFFSET)
     return data.raw == _expected(name, table, _plain(_NBYTES), stream) + b"\0"
 
@@ -106,7 +110,9 @@ def _check_counter_past_cache(name: KernelName, function: Callable[..., None]) -
     room = ctypes.create_string_buffer(2 * 4096)
     plain = _plain(1000)
     target = ctypes.addressof(room) + -ctypes.addressof(room) % 64
-    function(target, _address(plain), 1000, 16, _address(both), _address(RCON_WORDS) + RCON_START, _address(box))
+    function(
+        target, _address(plain), 1000, 16, _address(both), _address(RCON_WORDS) + RCON_START, _address(box)
+    )
     stream = reference.counter_keystream(key, _START, 1000, 16)
     return ctypes.string_at(target, 1001) == _expected(name, table, plain, stream) + b"\0"
 
@@ -116,7 +122,9 @@ def _check_expansion(name: KernelName, function: Callable[..., None]) -> bool:
     table, box = _box(name)
     data = ctypes.create_string_buffer(_plain(_NBYTES))
     address = ctypes.addressof(data)
-    function(address, address, _NBYTES, _OFFSET, _address(key), _address(RCON_WORDS) + RCON_START, _address(box))
+    function(
+        address, address, _NBYTES, _OFFSET, _address(key), _address(RCON_WORDS) + RCON_START, _address(box)
+    )
     stream = reference.expansion_keystream(key, _NBYTES, _OFFSET)
     return data.raw == _expected(name, table, _plain(_NBYTES), stream) + b"\0"
 

@@ -76,14 +76,18 @@ TIERS = (
         "identity aes aes_inverse affine table",
         16_000,
     ),
-    _tier("gfni", "AVX2, GFNI, VAES", "avx2 gfni vaes aes bmi2", "identity aes aes_inverse affine table", 12_000),
+    _tier(
+        "gfni", "AVX2, GFNI, VAES", "avx2 gfni vaes aes bmi2", "identity aes aes_inverse affine table", 12_000
+    ),
     _tier("avx2", "AVX2, AES-NI", "avx2 aes bmi2", "identity aes aes_inverse table", 6_000),
     _tier("neon", "AArch64 AES and TBL", "neon aes", "identity aes aes_inverse table", 3_000),
     _tier("portable", "plain code, tables in memory", "", "identity table", 200, constant_time=False),
 )
 
+Kernel = Callable[[bytes], None]  # takes a record of its arguments, see `kernels/signatures.py`
+
 _lock = threading.RLock()
-_kernels: dict[tuple[str, KernelName], Callable[..., None]] = {}
+_kernels: dict[tuple[str, KernelName], Kernel] = {}
 _kept: list[Any] = []  # what compiled code lives in
 _links = itertools.count()
 _forced: Tier | None = None
@@ -198,8 +202,8 @@ class use_tier:  # noqa: N801 - called like a function
         _forced = self._before
 
 
-def kernel(tier: Tier, name: KernelName) -> Callable[..., None]:
-    """Give a kernel of a tier as a function of integers, compiled or loaded on first use and tested then.
+def kernel(tier: Tier, name: KernelName) -> Kernel:
+    """Give a kernel of a tier as a function of a record of integers, compiled or loaded on first use and tested then.
 
     Raises
     ------
@@ -251,12 +255,12 @@ def warmup(tier: str | None = None, progress: Callable[[int], object] | None = N
     return len(names)
 
 
-def _load(tier: Tier, name: KernelName) -> Callable[..., None]:
+def _load(tier: Tier, name: KernelName) -> Kernel:
     entry = f"{tier.name}-{name}"
     code = codecache.load(entry)
     if code is not None:
         try:
-            return _from_object(code, name.arity)
+            return _from_object(code)
         except Exception:  # an object that does not link is no better than none
             pass
     try:
@@ -265,16 +269,14 @@ def _load(tier: Tier, name: KernelName) -> Callable[..., None]:
 
         _guard_numba_against_fork()
         try:
-            code, _assembly = house.emit(house.compile_module(function, name.arity), tier.requires)
-            linked = _from_object(code, name.arity)
+            code, _assembly = house.emit(house.compile_module(function), tier.requires)
+            linked = _from_object(code)
         except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):
-            compiled = house.compile_function(
-                function, name.arity
-            )  # Numba's own way, without an object to keep
+            compiled = house.compile_function(function)  # Numba's own way, without an object to keep
             if not hasattr(compiled, "address"):
                 return compiled  # type: ignore[no-any-return]
             _kept.append(compiled)
-            return _as_function(compiled.address, name.arity)
+            return _as_function(compiled.address)
     except Exception as error:
         raise KernelError(
             f"kernel {entry}: it could not be compiled ({type(error).__name__}: {error})"
@@ -284,13 +286,15 @@ def _load(tier: Tier, name: KernelName) -> Callable[..., None]:
 
 
 def build(tier: Tier, name: KernelName) -> Any:
-    """Give the Python source function of a kernel; this imports Numba."""
+    """Give the Python function of a kernel that takes its arguments from a record; this imports Numba."""
+    from deeplock_kernels.kernels import house
+
     primitives = importlib.import_module(f"deeplock_kernels.kernels.{tier.name}")
     builder = (
         getattr(primitives, "build", None)
         or importlib.import_module("deeplock_kernels.kernels.vectorized").build
     )
-    return builder(primitives, name)
+    return house.entry(builder(primitives, name), name.arity)
 
 
 def assembly(tier: Tier, name: KernelName) -> str:
@@ -302,7 +306,7 @@ def assembly(tier: Tier, name: KernelName) -> str:
     from deeplock_kernels.kernels import house
 
     with _lock:
-        return house.emit(house.compile_module(build(tier, name), name.arity), tier.requires)[1]
+        return house.emit(house.compile_module(build(tier, name)), tier.requires)[1]
 
 
 @functools.cache
@@ -315,18 +319,18 @@ def _linker() -> Any:
     return llvm.create_lljit_compiler(target.create_target_machine(codemodel="large", jit=True))
 
 
-def _from_object(code: bytes, arity: int) -> Callable[..., None]:
+def _from_object(code: bytes) -> Kernel:
     from llvmlite import binding as llvm
 
     symbol = "deeplock_kernel"
     library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol).add_current_process()
     tracker = library.link(_linker(), f"deeplock{next(_links)}")
     _kept.append(tracker)
-    return _as_function(tracker[symbol], arity)
+    return _as_function(tracker[symbol])
 
 
-def _as_function(address: int, arity: int) -> Callable[..., None]:
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
+def _as_function(address: int) -> Kernel:
+    return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address)
 
 
 pool.hold_through_fork(_lock, rank=1)

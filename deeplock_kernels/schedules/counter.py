@@ -58,8 +58,8 @@ class CounterSchedule(Schedule):
         """Plan the one kernel call that transforms a few bytes in place."""
         if self._wiped:
             self.ready()
-        function = transform.kernel("counter", self.bits)
-        return Call(function, (address, address, nbytes, offset, self._address, RCON_ADDRESS, transform.box))
+        where = (address, address, nbytes, offset)
+        return transform.call("counter", self.bits, *where, self._address, RCON_ADDRESS)
 
     def calls(
         self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int
@@ -72,9 +72,9 @@ class CounterSchedule(Schedule):
         starts = [0, *range(head, nbytes, piece)] if head else list(range(0, nbytes, piece))
         calls = []
         for start, stop in zip(starts, [*starts[1:], nbytes], strict=True):
-            function = transform.kernel("counter" if start < head else operation, self.bits)
             where = (target + start, source + start, stop - start, offset + start)
-            calls.append(Call(function, (*where, self._address, RCON_ADDRESS, transform.box)))
+            which = "counter" if start < head else operation
+            calls.append(transform.call(which, self.bits, *where, self._address, RCON_ADDRESS))
         return calls
 
 
@@ -114,9 +114,10 @@ class CounterList:
             ends.append(len(records))
         self._records = records
         where, width = records.buffer_info()[0], RECORD_BYTES // 8
-        function = transform.kernel("counter_list", self._bits)
         return [
-            Call(function, (where + 8 * first, (last - first) // width, RCON_ADDRESS, transform.box))
+            transform.call(
+                "counter_list", self._bits, where + 8 * first, (last - first) // width, RCON_ADDRESS
+            )
             for first, last in zip([0, *ends], ends, strict=False)
         ]
 

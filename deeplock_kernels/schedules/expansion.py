@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from deeplock_kernels.errors import ParameterError
 from deeplock_kernels.kernels.signatures import (
+    RECORDS,
     SEGMENTS_PER_GROUP,
     KernelName,
     segment_bytes,
@@ -130,7 +131,7 @@ class ExpansionSchedule(Schedule):
                 if count <= 0:
                     return
                 chain = tiers.kernel(tiers.active_tier(), KernelName("expansion_chain", self.bits))
-                chain(self._state(first), count, RCON_ADDRESS)
+                chain(RECORDS["expansion_chain"].pack(self._state(first), count, RCON_ADDRESS))
                 after = first + count
                 if after % _SEGMENTS_PER_BLOCK == 0:
                     self._allocate(after)
@@ -162,14 +163,13 @@ class ExpansionSchedule(Schedule):
             t, s, states = target + done, source + done, self._state(segment)
             if groups:
                 length = groups * group
-                function = transform.kernel("expansion_indexed", self.bits)
-                arguments: tuple[int, ...] = (t, s, groups, states, RCON_ADDRESS, transform.box)
+                operation, where = "expansion_indexed", [t, s, groups]
                 last = segment + groups * SEGMENTS_PER_GROUP - 1
             else:
                 length = min(nbytes - done, group - (offset + done) % group)
-                function = transform.kernel("expansion", self.bits)
-                arguments = (t, s, length, skip, states, RCON_ADDRESS, transform.box)
+                operation, where = "expansion", [t, s, length, skip]
                 last = segment
-            calls.append(Call(function, arguments, partial(self._reach, last)))
+            before = partial(self._reach, last)
+            calls.append(transform.call(operation, self.bits, *where, states, RCON_ADDRESS, before=before))
             done += length
         return calls
