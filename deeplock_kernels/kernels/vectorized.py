@@ -37,7 +37,7 @@ from deeplock_kernels.simd.vectors import (
     u8x64,
 )
 
-AHEAD = 1024  # bytes between a load and the prefetch beside it
+AHEAD = 2048  # bytes between a load and the prefetch beside it
 
 
 def build(tier: Any, name: KernelName) -> Any:
