@@ -5,7 +5,7 @@ from __future__ import annotations
 from deeplock_kernels.kernels import boxes
 from deeplock_kernels.simd import x86
 
-encrypt = x86.aes_cipher(128)
+aes_stages = x86.aes_stages(128)
 aes_last_round = x86.aes_last_round(128)
 aes_substitute, aes_substitute_inverse = x86.aes_substitutions(128)
 

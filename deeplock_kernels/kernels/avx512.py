@@ -5,14 +5,13 @@ from __future__ import annotations
 from deeplock_kernels.kernels import boxes
 from deeplock_kernels.simd import x86
 
-encrypt = x86.aes_cipher(512)
+aes_stages = x86.aes_stages(512)
 aes_last_round = x86.aes_last_round(512)
-aes_substitute, aes_substitute_inverse = x86.aes_substitutions(512)
 
 FORMS = {
     "identity": boxes.IDENTITY,
-    "aes": boxes.without_parameters(aes_substitute),
-    "aes_inverse": boxes.without_parameters(aes_substitute_inverse),
+    "aes": boxes.without_parameters(x86.galois_sub_bytes(512)),
+    "aes_inverse": boxes.without_parameters(x86.aes_substitutions(512)[1]),
     "affine": boxes.galois(512),
     "table": boxes.TABLE_BY_PERMUTE,
 }

@@ -5,14 +5,13 @@ from __future__ import annotations
 from deeplock_kernels.kernels import boxes
 from deeplock_kernels.simd import x86
 
-encrypt = x86.aes_cipher(256)
+aes_stages = x86.aes_stages(256)
 aes_last_round = x86.aes_last_round(256)
-aes_substitute, aes_substitute_inverse = x86.aes_substitutions(256)
 
 FORMS = {
     "identity": boxes.IDENTITY,
-    "aes": boxes.without_parameters(aes_substitute),
-    "aes_inverse": boxes.without_parameters(aes_substitute_inverse),
+    "aes": boxes.without_parameters(x86.galois_sub_bytes(256)),
+    "aes_inverse": boxes.without_parameters(x86.aes_substitutions(256)[1]),
     "affine": boxes.galois(256),
     "table": boxes.table_by_rows(x86.lookup_rows),
 }

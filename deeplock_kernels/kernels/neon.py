@@ -5,7 +5,7 @@ from __future__ import annotations
 from deeplock_kernels.kernels import boxes
 from deeplock_kernels.simd import aarch64
 
-encrypt = aarch64.encrypt
+aes_stages = aarch64.aes_stages
 aes_last_round = aarch64.aes_last_round
 
 FORMS = {

@@ -1,11 +1,13 @@
 """The loops of the vector tiers, written once over a tier's primitives.
 
-A tier is a module with `encrypt(blocks, round_keys)` and `aes_last_round(state, round_key)`, and with `FORMS`: for each
-form of S-Box that it has, a pair of functions `load(address) -> parameters` and `apply(x, parameters) -> x`.
+A tier is a module with `aes_stages`, functions (blocks, round_keys) that encrypt in turn, `aes_last_round(state,
+round_key)`, and `FORMS`: for each form of S-Box that it has, a pair of functions `load(address) -> parameters` and
+`apply(x, parameters) -> x`.
 
 Each loop goes through memory once, in steps of whole blocks. A step that is not whole (the first one, the last one)
 goes through a scratch copy. Within a step each vector is loaded, changed and stored before the next one is loaded:
-in memory that order is up to twice as fast as loading all of them first.
+in memory that order is up to twice as fast as loading all of them first. The key stream of the next step is encrypted
+in between, so that the units which AES leaves free find work: a table look-up takes up to a fifth less time.
 """
 
 from __future__ import annotations
@@ -69,8 +71,20 @@ def _put(tier: Any, name: KernelName, store: Any = store) -> Any:
     return {"lock": lock, "unlock": unlock}[name.direction]
 
 
+def _encrypt(tier: Any) -> Any:
+    """Make the function that encrypts a tuple of vectors of blocks."""
+    first, second, third, fourth = tier.aes_stages
+
+    @inlined
+    def encrypt(blocks, keys):
+        return fourth(third(second(first(blocks, keys), keys), keys), keys)
+
+    return encrypt
+
+
 def _counter(tier: Any, name: KernelName) -> Any:
-    put, encrypt = _put(tier, name), tier.encrypt
+    put, encrypt = _put(tier, name), _encrypt(tier)
+    first, second, third, fourth = tier.aes_stages
     load_box = tier.FORMS[name.form][0]
     expand = round_keys(name.bits, tier.aes_last_round)
     key_bytes = name.bits // 8
@@ -83,19 +97,31 @@ def _counter(tier: Any, name: KernelName) -> Any:
         part = scratch()
         block, skip = offset >> 4, offset & 15
         while nbytes > 0:
-            taken = min(256 - skip, nbytes)
-            t, s = target, source
-            if taken < 256:
-                copy(part + skip, source, taken)
-                t, s = part, part
             stream = encrypt(counter_blocks(start, block), keys)
-            put(t, s, stream[0], box)
-            put(t + 64, s + 64, stream[1], box)
-            put(t + 128, s + 128, stream[2], box)
-            put(t + 192, s + 192, stream[3], box)
-            if taken < 256:
+            if skip == 0:
+                for _ in range(nbytes >> 8):
+                    block += 16
+                    following = first(counter_blocks(start, block), keys)
+                    put(target, source, stream[0], box)
+                    following = second(following, keys)
+                    put(target + 64, source + 64, stream[1], box)
+                    following = third(following, keys)
+                    put(target + 128, source + 128, stream[2], box)
+                    following = fourth(following, keys)
+                    put(target + 192, source + 192, stream[3], box)
+                    stream = following
+                    target += 256
+                    source += 256
+                nbytes &= 255
+            taken = min(256 - skip, nbytes)
+            if taken > 0:
+                copy(part + skip, source, taken)
+                put(part, part, stream[0], box)
+                put(part + 64, part + 64, stream[1], box)
+                put(part + 128, part + 128, stream[2], box)
+                put(part + 192, part + 192, stream[3], box)
                 copy(target, part + skip, taken)
-                skip = 0
+            skip = 0
             block += 16
             target += taken
             source += taken
@@ -107,7 +133,7 @@ def _counter(tier: Any, name: KernelName) -> Any:
 def _counter_past_cache(tier: Any, name: KernelName) -> Any:
     """Make the counter kernel for large separate buffers, which starts at a whole block and an aligned target."""
     counter, put = inlined(_counter(tier, name)), _put(tier, name, store_past_cache)
-    encrypt, load_box = tier.encrypt, tier.FORMS[name.form][0]
+    encrypt, load_box = _encrypt(tier), tier.FORMS[name.form][0]
     expand = round_keys(name.bits, tier.aes_last_round)
     key_bytes = name.bits // 8
 

@@ -16,6 +16,7 @@ from deeplock_kernels.simd.vectors import (
     INVERSE_SHIFT_ROWS,
     SHIFT_ROWS,
     byte,
+    cipher_stages,
     constant,
     in_blocks,
     join,
@@ -44,25 +45,14 @@ def call(builder: Any, row: str, values: Sequence[Any]) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
-@intrinsic
-def encrypt(typingctx, blocks, keys):
-    """Encrypt a tuple of vectors of blocks (FIPS 197) with a tuple of round keys, each repeated over its vector."""
-    in_flight = 8
+def _round(builder: Any, state: Any, keys: Sequence[Any], number: int) -> Any:
+    mixed = call(builder, "aese", (state, keys[number - 1]))
+    if number < len(keys) - 1:
+        return call(builder, "aesmc", (mixed,))
+    return builder.xor(mixed, keys[number])
 
-    def generate(_context, builder, _signature, values):
-        vectors = [builder.extract_value(values[0], i) for i in range(len(blocks))]
-        round_keys = [split(builder, builder.extract_value(values[1], i), 16)[0] for i in range(len(keys))]
-        parts = [part for vector in vectors for part in split(builder, vector, 16)]
-        done = []
-        for first in range(0, len(parts), in_flight):
-            group = parts[first : first + in_flight]
-            for key in round_keys[:-2]:
-                group = [call(builder, "aesmc", (call(builder, "aese", (part, key)),)) for part in group]
-            group = [call(builder, "aese", (part, round_keys[-2])) for part in group]
-            done += [builder.xor(part, round_keys[-1]) for part in group]
-        return cgutils.pack_array(builder, [join(builder, done[i : i + 4]) for i in range(0, len(done), 4)])
 
-    return blocks(blocks, keys), generate
+aes_stages = cipher_stages(16, "w", _round)
 
 
 def _substitution(builder: Any, row: str, state: Any) -> Any:

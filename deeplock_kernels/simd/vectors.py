@@ -123,6 +123,64 @@ def join(builder: Any, parts: Sequence[Any]) -> Any:
     return parts[0]
 
 
+def pinned(builder: Any, register: str, values: Sequence[Any]) -> list[Any]:
+    """Have all these values in registers at this point, by an empty piece of assembly that takes and gives them.
+
+    To save registers LLVM else delays some chains of AES rounds, runs one behind the other and waits for each. Once,
+    half way, is best: after every round it costs up to a seventh of the speed.
+    """
+    kinds = [value.type for value in values]
+    constraints = [f"={register}"] * len(kinds) + [str(i) for i in range(len(kinds))]
+    kind = ir.FunctionType(ir.LiteralStructType(kinds), kinds)
+    together = builder.call(ir.InlineAsm(kind, "", ",".join(constraints), side_effect=True), values)
+    return [builder.extract_value(together, i) for i in range(len(kinds))]
+
+
+STAGES = 4
+_IN_FLIGHT = 8  # registers of AES states: enough at once to hide a round's latency, few enough to stay in registers
+
+
+def cipher_stages(nbytes: int, register: str, one_round: Callable[..., Any]) -> tuple[Any, ...]:
+    """Make the operations (blocks, round keys) that in turn encrypt a tuple of vectors of blocks (FIPS 197).
+
+    A kernel does other work between them, for units of the processor that AES leaves free.
+
+    Parameters
+    ----------
+    nbytes
+        The size of a register.
+    register
+        LLVM's letter for the kind of register.
+    one_round
+        Emits round `number` of 1 to len(keys) - 1: `one_round(builder, state, keys, number)`.
+    """
+
+    def make(stage: int) -> Any:
+        @intrinsic
+        def run(typingctx, blocks, keys):
+            def generate(_context, builder, _signature, values):
+                vectors = [builder.extract_value(values[0], i) for i in range(len(blocks))]
+                whole = [builder.extract_value(values[1], i) for i in range(len(keys))]
+                round_keys = [split(builder, key, nbytes)[0] for key in whole]
+                parts = [part for vector in vectors for part in split(builder, vector, nbytes)]
+                firsts, numbers = range(0, len(parts), _IN_FLIGHT), range(1, len(keys))
+                work = [(first, number) for first in firsts for number in numbers]
+                for first, number in work[len(work) * stage // STAGES : len(work) * (stage + 1) // STAGES]:
+                    group = slice(first, first + _IN_FLIGHT)
+                    parts[group] = [one_round(builder, part, round_keys, number) for part in parts[group]]
+                if stage == STAGES // 2 - 1:
+                    parts[group] = pinned(builder, register, parts[group])
+                each = len(parts) // len(vectors)
+                joined = [join(builder, parts[i : i + each]) for i in range(0, len(parts), each)]
+                return cgutils.pack_array(builder, joined)
+
+            return blocks(blocks, keys), generate
+
+        return run
+
+    return tuple(make(stage) for stage in range(STAGES))
+
+
 # ---------------------------------------------------------------------------------------------- memory
 
 

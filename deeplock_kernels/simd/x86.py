@@ -18,6 +18,7 @@ from deeplock_kernels.simd.vectors import (
     INVERSE_SHIFT_ROWS,
     SHIFT_ROWS,
     byte,
+    cipher_stages,
     constant,
     in_blocks,
     join,
@@ -83,34 +84,16 @@ def widened(row: str, values: Sequence[Any], builder: Any, immediate: int | None
     return join(builder, [call(builder, row, part, immediate) for part in parts])
 
 
-def aes_cipher(width: int) -> Any:
-    """Give the operation that encrypts a tuple of vectors of blocks (FIPS 197) in registers of `width` bits.
+def aes_stages(width: int) -> tuple[Any, ...]:
+    """Give the stages of AES in registers of `width` bits."""
 
-    Its second argument is the tuple of round keys, each repeated over its vector.
-    """
-    in_flight = 8  # enough registers at once to hide AESENC's latency, few enough to stay in registers
+    def one_round(builder: Any, state: Any, keys: Sequence[Any], number: int) -> Any:
+        if number == 1:
+            state = builder.xor(state, keys[0])
+        row = "aesenc" if number < len(keys) - 1 else "aesenclast"
+        return call(builder, f"{row}_{width}", (state, keys[number]))
 
-    @intrinsic
-    def encrypt(typingctx, blocks, keys):
-        def generate(_context, builder, _signature, values):
-            vectors = [builder.extract_value(values[0], i) for i in range(len(blocks))]
-            whole = [builder.extract_value(values[1], i) for i in range(len(keys))]
-            round_keys = [split(builder, key, width // 8)[0] for key in whole]
-            parts = [part for vector in vectors for part in split(builder, vector, width // 8)]
-            done = []
-            for first in range(0, len(parts), in_flight):
-                group = [builder.xor(part, round_keys[0]) for part in parts[first : first + in_flight]]
-                for key in round_keys[1:-1]:
-                    group = [call(builder, f"aesenc_{width}", (part, key)) for part in group]
-                done += [call(builder, f"aesenclast_{width}", (part, round_keys[-1])) for part in group]
-            each = len(done) // len(vectors)
-            return cgutils.pack_array(
-                builder, [join(builder, done[i : i + each]) for i in range(0, len(done), each)]
-            )
-
-        return blocks(blocks, keys), generate
-
-    return encrypt
+    return cipher_stages(width // 8, "v" if width == 512 else "x", one_round)
 
 
 def aes_last_round(width: int) -> Any:
@@ -135,6 +118,17 @@ def galois_affine(width: int) -> tuple[Any, Any]:
         return widened(f"gf2p8affineinvqb_{width}", (x, matrix), builder, 0)
 
     return affine, affine_inverse
+
+
+def galois_sub_bytes(width: int) -> Any:
+    """Give SubBytes as one GF2P8AFFINEINVQB: the inverse, then the affine map of FIPS 197 section 5.1.1."""
+    matrix = (0xF1E3C78F1F3E7CF8).to_bytes(8, "little")
+
+    @operation(1)
+    def substitute(builder: Any, x: Any) -> Any:
+        return widened(f"gf2p8affineinvqb_{width}", (x, constant(matrix, x.type.count)), builder, 0x63)
+
+    return substitute
 
 
 @operation(3)
