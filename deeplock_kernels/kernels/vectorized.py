@@ -39,6 +39,7 @@ from deeplock_kernels.simd.vectors import (
     u8x64,
 )
 
+LONG = 4096  # bytes from which on it pays to align the steps: up to a fifth of the speed in memory
 AHEAD = 2048  # bytes between a load and the prefetch beside it
 
 
@@ -95,7 +96,10 @@ def _counter(tier: Any, name: KernelName) -> Any:
         box = load_box(box_address)
         start = key + key_bytes
         part = scratch()
-        block, skip = offset >> 4, offset & 15
+        skip = offset & 15
+        if nbytes >= LONG:
+            skip |= target & 240  # the first step is cut so that the others lie on boundaries of 256 bytes
+        block = (offset - skip) >> 4
         while nbytes > 0:
             stream = encrypt(counter_blocks(start, block), keys)
             if skip == 0:

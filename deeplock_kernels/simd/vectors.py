@@ -421,7 +421,7 @@ _REVERSED = list(range(BLOCK - 1, -1, -1))
 def counter_blocks(typingctx, start, index):
     """Give 16 counter blocks (SP 800-38A): the 128-bit big-endian number at `start` + index, + index + 1, ...
 
-    The result is a tuple of 4 vectors. Sums wrap mod 2^128.
+    The result is a tuple of 4 vectors. The index is signed. Sums wrap mod 2^128.
     """
     result = types.UniTuple(u8x64, 4)
 
@@ -429,7 +429,7 @@ def counter_blocks(typingctx, start, index):
         wide = ir.IntType(128)
         kind = ir.VectorType(quad, 8)
         stored = builder.load(pointer(builder, values[0], wide), align=1)
-        number = builder.add(builder.bswap(stored), builder.zext(values[1], wide))
+        number = builder.add(builder.bswap(stored), builder.sext(values[1], wide))
         low = builder.trunc(number, quad)
         high = builder.trunc(builder.lshr(number, wide(64)), quad)
 
