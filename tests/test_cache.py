@@ -354,6 +354,54 @@ def test_what_cannot_be_written_is_left(warm, monkeypatch, names, reason):
         assert entries(warm) == [path]
 
 
+# Modes do not bind root, until it gives up its capabilities.
+BOUND_BY_MODES = """
+import ctypes, os
+if os.geteuid() == 0:
+    version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(version, none) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes are those of POSIX")
+def test_a_read_only_cache_is_read_and_never_written(cache, filled):
+    """As it is shipped in an image; a kernel that it has not is compiled in every process."""
+    program = BOUND_BY_MODES + f"""
+assert not os.access({str(cache)!r}, os.W_OK)
+""" + PROGRAM
+    cache.mkdir(mode=0o555)
+    assert run(program, DEEPLOCK_CACHE_DIR=cache) == COLD
+    assert list(cache.iterdir()) == []
+    cache.rmdir()
+    shutil.copytree(filled, cache)
+    paths = [entry(cache), entry(cache).parent, cache]
+    for path in paths:
+        os.chmod(path, 0o444 if path.suffix else 0o555)
+    try:
+        assert run(program, DEEPLOCK_CACHE_DIR=cache) == WARM
+        assert run(program, DEEPLOCK_CACHE_DIR=cache, DEEPLOCK_TIER="portable") == COLD
+        assert entries(cache) == paths[:1]
+    finally:
+        for path in paths:
+            os.chmod(path, 0o700)
+
+
+def test_a_full_disk_leaves_nothing(cache):
+    program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))" + PROGRAM
+    assert run(program, DEEPLOCK_CACHE_DIR=cache) == COLD
+    assert entries(cache) == []
+
+
+def test_a_lesser_processor_does_not_run_what_a_better_one_left(warm):
+    """One home directory may serve both."""
+    lesser = "from deeplock_kernels.runtime import tiers; tiers.host_features = frozenset" + PROGRAM
+    left = entry(warm)
+    assert (run(lesser, DEEPLOCK_CACHE_DIR=warm) == COLD) == (not left.name.startswith("portable"))
+    assert run(lesser, DEEPLOCK_CACHE_DIR=warm) == WARM
+    assert {path.name.split("-")[0] for path in entries(warm)} == {left.name.split("-")[0], "portable"}
+    assert run(PROGRAM, DEEPLOCK_CACHE_DIR=warm) == WARM
+
+
 def test_an_interrupted_write_leaves_nothing(warm, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
