@@ -11,7 +11,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from deeplock_kernels import __version__
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        parsed.run(parsed)
-        sys.stdout.flush()
+        for line in parsed.run(parsed):
+            _print(line)
     except WrongKeyError as error:
         return _complain(error, WRONG_KEY)
     except DeepLockError as error:
@@ -48,12 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("deeplock: interrupted; nothing was changed", file=sys.stderr)
         return INTERRUPTED
-    except OSError as error:  # of the standard output: files have errors of their own
+    except _OutputError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # its reader, such as `head`, has enough
+        if isinstance(error.__cause__, BrokenPipeError):  # its reader, such as `head`, has enough
             return DONE
-        return _complain(f"standard output: {error.strerror}", FAILED)
+        return _complain(f"standard output: {error}", FAILED)
+    except OSError as error:  # of the system: files have errors of their own
+        return _complain(error, FAILED)
     return DONE
+
+
+class _OutputError(Exception):
+    """The standard output cannot be written."""
+
+
+def _print(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        raise _OutputError(error.strerror) from error
 
 
 def _complain(error: object, code: int) -> int:
@@ -71,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deeplock {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], Iterator[str]], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         added.set_defaults(run=run)
         return added
@@ -86,10 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_files(locker)
     locker.add_argument(
         "--schedule",
+        type=_schedule,
         default="counter",
         help="counter (default), or expansion, the paper's, which one known block of weights breaks",
     )
-    locker.add_argument("--sbox", default="aes", help="the S-Box (default aes); see `deeplock sboxes`")
+    locker.add_argument(
+        "--sbox", type=_sbox, default="aes", help="the S-Box (default aes); see `deeplock sboxes`"
+    )
     locker.add_argument(
         "--only", metavar="GLOB", action="append", help="lock only tensors of such names; may be repeated"
     )
@@ -108,13 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--rounds", type=_positive, default=15, help="how often each is measured (default 15)")
     bench.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
-    bench.add_argument("--tier", default=None, help="a tier to force; see `deeplock tiers`")
+    bench.add_argument("--tier", type=_tier, default=None, help="a tier to force; see `deeplock tiers`")
 
     warm = command("warmup", _warmup, "compile every kernel of a tier into the cache, before it is needed")
-    warm.add_argument("--tier", default=None, help="the tier (default the one in use); see `deeplock tiers`")
     warm.add_argument(
-        "--into", metavar="DIR", default=None, help="a cache directory to fill, to ship with an image"
+        "--tier", type=_tier, default=None, help="the tier (default the one in use); see `deeplock tiers`"
     )
+    warm.add_argument("--into", metavar="DIR", default=None, help="a cache directory to fill, to ship with an image")
 
     demo = command(
         "demo", _demo, "lock a real network that reads digits, try wrong keys, unlock it, and measure"
@@ -147,6 +163,30 @@ def _size(text: str) -> int:
     return int(number) * unit
 
 
+def _schedule(text: str) -> str:
+    from deeplock_kernels.header import SCHEDULE_NAMES
+
+    return _one_of(text, SCHEDULE_NAMES)
+
+
+def _sbox(text: str) -> str:
+    from deeplock_kernels.sboxes import SBOXES
+
+    return _one_of(text, SBOXES)
+
+
+def _tier(text: str) -> str:
+    from deeplock_kernels.runtime.tiers import TIERS
+
+    return _one_of(text, [tier.name for tier in TIERS])
+
+
+def _one_of(text: str, accepted: Collection[str]) -> str:
+    if text not in accepted:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are {', '.join(accepted)}")
+    return text
+
+
 @contextmanager
 def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
@@ -171,17 +211,17 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _keygen(arguments: argparse.Namespace) -> None:
+def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.generate(arguments.bits) as key:
         key.to_file(arguments.keyfile)
-    print(
+    yield (
         f"{arguments.keyfile}: a new key of {arguments.bits} bits; whoever has it can unlock, without it nobody can"
     )
 
 
-def _lock(arguments: argparse.Namespace) -> None:
+def _lock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.safetensors import lock_file
     from deeplock_kernels.keys import MasterKey
 
@@ -197,19 +237,19 @@ def _lock(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     nbytes = sum(record.nbytes for record in header.tensors.values())
-    print(f"{arguments.output}: {len(header.tensors)} tensors locked, {nbytes:,} bytes")
+    yield f"{arguments.output}: {len(header.tensors)} tensors locked, {nbytes:,} bytes"
 
 
-def _unlock(arguments: argparse.Namespace) -> None:
+def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.safetensors import unlock_file
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
         unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
-    print(f"{arguments.output}: unlocked")
+    yield f"{arguments.output}: unlocked"
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.container import entry, read_table
     from deeplock_kernels.header import LockHeader
 
@@ -217,53 +257,53 @@ def _inspect(arguments: argparse.Namespace) -> None:
     text = entry(table)
     header = None if text is None else LockHeader.from_json(text)
     nbytes = sum(tensor.nbytes for tensor in table.tensors.values())
-    print(
+    yield (
         f"{arguments.file}: {len(table.tensors)} tensors, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:
         sbox = header.sbox if isinstance(header.sbox, str) else f"with SHA-256 {header.sbox['sha256']}"
-        print(
+        yield (
             f"format {header.format}, schedule {header.schedule}, S-Box {sbox}, key of {header.key_bits} bits"
         )
         if header.schedule == "expansion":
-            print("warning: one known block of weights gives away the key of this schedule")
+            yield "warning: one known block of weights gives away the key of this schedule"
     width = max((len(ascii(name)) for name in table.tensors), default=0)
     for name, tensor in table.tensors.items():
         state = "locked" if header is not None and name in header.tensors else "plain"
-        print(
+        yield (
             f"  {name!a:{width}}  {tensor.dtype:8} {list(tensor.shape)!s:20} {tensor.nbytes:>14,} bytes  {state}"
         )
 
 
-def _tiers(_arguments: argparse.Namespace) -> None:
+def _tiers(_arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.runtime.tiers import tiers
 
-    print(f"{'tier':10}{'supported':11}{'active':8}{'constant time':15}made of")
+    yield f"{'tier':10}{'supported':11}{'active':8}{'constant time':15}made of"
     for tier in tiers():
         supported, active, constant = (
             "yes" if flag else "no" for flag in (tier.supported, tier.active, tier.constant_time)
         )
-        print(f"{tier.name:10}{supported:11}{active:8}{constant:15}{tier.description}")
+        yield f"{tier.name:10}{supported:11}{active:8}{constant:15}{tier.description}"
 
 
-def _sboxes(_arguments: argparse.Namespace) -> None:
+def _sboxes(_arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.sboxes import SBOXES
 
-    print("An S-Box is public and adds no secrecy here: these numbers describe the tables.")
+    yield "An S-Box is public and adds no secrecy here: these numbers describe the tables."
     titles = ("name", "nonlinearity", "uniformity", "boomerang", "degree", "fixed points", "SHA-256")
-    print("{:12}{:>13}{:>12}{:>11}{:>8}{:>14}  {}".format(*titles))
+    yield "{:12}{:>13}{:>12}{:>11}{:>8}{:>14}  {}".format(*titles)
     for name, box in SBOXES.items():
         found = box.properties()
-        print(
+        yield (
             f"{name:12}{found.nonlinearity:13}{found.differential_uniformity:12}{found.boomerang_uniformity:11}"
             f"{found.min_degree:8}{len(found.fixed_points):14}  {box.sha256[:16]}"
         )
         for weakness in found.weaknesses:
-            print(f"{'':12}  {weakness}")
+            yield f"{'':12}  {weakness}"
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def _bench(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels import measure
     from deeplock_kernels.runtime.pool import resolve_threads
     from deeplock_kernels.runtime.tiers import use_tier
@@ -273,18 +313,18 @@ def _bench(arguments: argparse.Namespace) -> None:
     threads = resolve_threads(arguments.threads)
     data, copy = measure.aligned(arguments.size), measure.aligned(arguments.size)
     work = measure.limits(data, copy, threads) | measure.locks(data, threads) | measure.peers(data)
-    print(measure.environment(threads))
-    print(f"{arguments.size:,} bytes in place, median of {arguments.rounds} rounds [lowest to highest]")
+    yield measure.environment(threads)
+    yield f"{arguments.size:,} bytes in place, median of {arguments.rounds} rounds [lowest to highest]"
     for name, figure in measure.measure(work, data.nbytes, arguments.rounds).items():
-        print(f"  {name:40}{figure.row()}")
+        yield f"  {name:40}{figure.row()}"
     seconds = sorted(measure.first_lock_seconds())
-    print(
+    yield (
         f"  {'process start to first locked MiB':40}{seconds[len(seconds) // 2]:7.2f} s"
         f"     [{seconds[0]:6.2f} to {seconds[-1]:6.2f}]  with compiled kernels in the cache"
     )
 
 
-def _warmup(arguments: argparse.Namespace) -> None:
+def _warmup(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.into is not None:
         os.environ["DEEPLOCK_CACHE_DIR"] = arguments.into
     from tqdm import tqdm
@@ -298,13 +338,13 @@ def _warmup(arguments: argparse.Namespace) -> None:
         )
     with tqdm(desc="compiling", unit=" kernels", leave=False, disable=None, file=sys.stderr) as bar:
         count = warmup(arguments.tier, bar.update)
-    print(f"{codecache.directory() or 'no cache to be used'}: {count} kernels are ready")
+    yield f"{codecache.directory() or 'no cache to be used'}: {count} kernels are ready"
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.demo.show import show
 
-    show(quick=arguments.quick)
+    yield from show(quick=arguments.quick)
 
 
 if __name__ == "__main__":

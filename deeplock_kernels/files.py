@@ -127,12 +127,12 @@ def check_regular(path: str, action: str, status: os.stat_result) -> None:
         raise access_error(path, action, OSError(errno.EINVAL, kind))
 
 
-def check_distinct(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+def check_distinct(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
     """Refuse a destination that is the source under this or another name.
 
     Parameters
     ----------
-    source, destination
+    src, dst
         Two paths; neither has to exist.
 
     Raises
@@ -140,11 +140,11 @@ def check_distinct(source: str | os.PathLike[str], destination: str | os.PathLik
     SameFileError
         If they are one file, by the same path, another spelling of it, a symbolic link or a hard link.
     FileAccessError
-        If the destination is a directory or no ordinary file, or either path cannot be followed.
+        If `dst` is a directory or no ordinary file, or either path cannot be followed.
     ParameterError
         If one of them is not a path.
     """
-    source_text, destination_text = path_text(source, "source"), path_text(destination, "destination")
+    source_text, destination_text = path_text(src, "src"), path_text(dst, "dst")
     source_status = _status(source_text, "read")
     destination_status = _status(destination_text, "written")
     if source_status and destination_status:
@@ -153,7 +153,7 @@ def check_distinct(source: str | os.PathLike[str], destination: str | os.PathLik
         same = os.path.realpath(source_text) == os.path.realpath(destination_text)
     if same:
         raise SameFileError(
-            f"destination: got {destination_text}, which is the source {source_text}; "
+            f"dst: got {destination_text}, which is the source {source_text}; "
             "another file is accepted; write to a new path, then rename"
         )
     if destination_status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class LockHeader:
     check
         16 bytes by which the right key is known.
     tensors
-        The locked tensors by name, in the order in which they were locked.
+        The locked tensors by name. Their order says nothing: it is that of the lock, or of the JSON text, where they
+        are sorted by name.
     mac
         32 bytes that prove the header whole, or None.
     format
@@ -74,6 +76,20 @@ class LockHeader:
     tensors: Mapping[str, TensorRecord]
     mac: bytes | None = None
     format: str = FORMAT
+
+    def __post_init__(self) -> None:
+        for name in ("sbox", "tensors"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, MappingProxyType)):
+                object.__setattr__(self, name, MappingProxyType(dict(value)))
+
+    def __hash__(self) -> int:
+        return hash((self.schedule, self.key_bits, self.salt, self.check, self.mac))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Views of a dict can be neither pickled nor copied.
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self), tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
 
     def to_json(self) -> str:
         """Give the header as JSON text: sorted keys, no white space, no escapes for what is not ASCII."""
@@ -186,7 +202,7 @@ class _Reader:
                         "a tensor of the same length that has no same_as itself"
                     )
         self._check_starts(records)
-        return MappingProxyType(records)
+        return records
 
     def _check_starts(self, records: Mapping[str, TensorRecord]) -> None:
         # One after the other from 0 on: so no key byte is used twice, and none is paid for in vain.
@@ -211,7 +227,7 @@ class _Reader:
             return value
         fields = self._fields(value, "sbox", {"sha256"}, set())
         self._hex(fields["sha256"], "sbox.sha256", 32)
-        return MappingProxyType(fields)
+        return fields
 
     def _fields(self, value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -132,6 +132,128 @@ def test_processes_that_start_at_once_on_a_cold_cache(cache, count):
     assert run(PROGRAM, DEEPLOCK_CACHE_DIR=cache) == WARM
 
 
+# Entries of other versions
+
+
+def save_as(version, monkeypatch, name="name"):
+    """Save an entry as another version of the package does, whose stamp is the number's hexadecimal digits."""
+    with monkeypatch.context() as patch:
+        patch.setattr(codecache, "stamp", lambda: f"{version:032x}")
+        codecache.save(name, b"code")
+        assert codecache.load(name) == b"code"
+
+
+def versions(cache) -> set[int]:
+    return {int(path.name, 16) for path in cache.iterdir()}
+
+
+@pytest.fixture
+def aged(cache, monkeypatch):
+    """Give a cache of as many versions as it keeps, the higher the newer."""
+    for version in range(1, codecache._STAMPS_KEPT + 1):
+        save_as(version, monkeypatch)
+        os.utime(cache / f"{version:032x}", (version, version))
+    return cache
+
+
+def test_the_first_entry_of_a_new_version_removes_the_oldest_one(aged, monkeypatch):
+    kept = codecache._STAMPS_KEPT
+    assert versions(aged) == set(range(1, kept + 1))
+    for version in range(kept + 1, kept + 4):
+        save_as(version, monkeypatch)
+        assert versions(aged) == set(range(version - kept + 1, version + 1))
+        before = entries(aged)
+        for name in ("name", "other"):
+            save_as(version, monkeypatch, name)  # not its first one
+        assert set(before) < set(entries(aged))
+
+
+def test_versions_that_are_used_in_turn_keep_their_entries(aged, monkeypatch):
+    shutil.copytree(aged / f"{1:032x}", aged / f"{99:032x}")  # one more than are kept beside a new one
+    before = entries(aged)
+    for version in (*versions(aged), *versions(aged)):
+        save_as(version, monkeypatch)
+    assert entries(aged) == before
+
+
+def test_a_version_whose_entries_were_removed_saves_new_ones(aged, monkeypatch):
+    save_as(100, monkeypatch)
+    assert 1 not in versions(aged)
+    save_as(1, monkeypatch, "other")
+    assert [path.name for path in (aged / f"{1:032x}").iterdir()] == ["other.o"]
+
+
+@pytest.mark.parametrize(
+    "thing",
+    ["a foreign file", "a foreign object", "an empty file", "a directory", "a link", "a pipe", "for others to write"],
+)
+def test_what_is_not_all_entries_stays_whole(aged, tmp_path, monkeypatch, thing):
+    oldest = aged / f"{1:032x}"
+    (elsewhere := tmp_path / "elsewhere").write_bytes(b"deeplock object 1\n")
+    path = oldest / "thing.o"
+    if thing == "a foreign file":
+        path.write_bytes(b"deeplock")
+    elif thing == "a foreign object":
+        path.write_bytes(b"\x7fELF" * 100)
+    elif thing == "an empty file":
+        path.touch()
+    elif thing == "a directory":
+        path.mkdir()
+    elif thing == "a link":
+        path.symlink_to(elsewhere)
+    elif thing == "a pipe":
+        os.mkfifo(path)
+    else:
+        oldest.chmod(0o777)
+    os.utime(oldest, (1, 1))
+    before = sorted(oldest.iterdir())
+    save_as(100, monkeypatch)
+    assert sorted(oldest.iterdir()) == before
+    assert elsewhere.exists()
+    assert versions(aged) == {*range(1, codecache._STAMPS_KEPT + 1), 100}
+    save_as(101, monkeypatch)  # the next one is removed all the same
+    assert 2 not in versions(aged)
+
+
+def test_what_has_another_name_or_is_elsewhere_stays(aged, tmp_path, monkeypatch):
+    names = ["0" * 31, "0" * 33, "A" * 32, "g" * 32, "." + "0" * 31, "0" * 31 + "\n"]
+    for name in names:
+        shutil.copytree(aged / f"{1:032x}", aged / name)
+        os.utime(aged / name, (0, 0))
+    os.rename(aged / f"{1:032x}", tmp_path / "elsewhere")
+    link, file = aged / ("e" * 32), aged / ("f" * 32)
+    link.symlink_to(tmp_path / "elsewhere")
+    file.write_bytes(b"deeplock object 1\n")
+    os.utime(link, (0, 0), follow_symlinks=False)
+    os.utime(file, (0, 0))
+    for version in (100, 101):
+        save_as(version, monkeypatch)
+    for name in (*names, link.name):
+        assert [path.name for path in (aged / name).iterdir()] == ["name.o"]
+    assert link.is_symlink()
+    assert file.is_file()
+    assert not (aged / f"{2:032x}").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(os, "unlink"), (os, "rmdir"), (os, "lstat"), (Path, "iterdir")], ids=str
+)
+def test_what_cannot_be_removed_stays(aged, monkeypatch, module, name):
+    original = getattr(module, name)
+
+    def fails(path, *arguments):
+        if f"{1:032x}" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return original(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fails)
+        save_as(100, monkeypatch)
+        save_as(101, monkeypatch)
+    assert {1, 100, 101} <= versions(aged)
+    assert (2 in versions(aged)) == (name == "lstat")  # without it nobody knows which are the oldest
+
+
 # Damage
 
 
@@ -352,6 +474,54 @@ def test_what_cannot_be_written_is_left(warm, monkeypatch, names, reason):
     assert codecache.load(path.stem) not in (None, b"new")
     if "unlink" not in names:
         assert entries(warm) == [path]
+
+
+# Modes do not bind root, until it gives up its capabilities.
+BOUND_BY_MODES = """
+import ctypes, os
+if os.geteuid() == 0:
+    version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(version, none) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes are those of POSIX")
+def test_a_read_only_cache_is_read_and_never_written(cache, filled):
+    """As it is shipped in an image; a kernel that it has not is compiled in every process."""
+    program = BOUND_BY_MODES + f"""
+assert not os.access({str(cache)!r}, os.W_OK)
+""" + PROGRAM
+    cache.mkdir(mode=0o555)
+    assert run(program, DEEPLOCK_CACHE_DIR=cache) == COLD
+    assert list(cache.iterdir()) == []
+    cache.rmdir()
+    shutil.copytree(filled, cache)
+    paths = [entry(cache), entry(cache).parent, cache]
+    for path in paths:
+        os.chmod(path, 0o444 if path.suffix else 0o555)
+    try:
+        assert run(program, DEEPLOCK_CACHE_DIR=cache) == WARM
+        assert run(program, DEEPLOCK_CACHE_DIR=cache, DEEPLOCK_TIER="portable") == COLD
+        assert entries(cache) == paths[:1]
+    finally:
+        for path in paths:
+            os.chmod(path, 0o700)
+
+
+def test_a_full_disk_leaves_nothing(cache):
+    program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))" + PROGRAM
+    assert run(program, DEEPLOCK_CACHE_DIR=cache) == COLD
+    assert entries(cache) == []
+
+
+def test_a_lesser_processor_does_not_run_what_a_better_one_left(warm):
+    """One home directory may serve both."""
+    lesser = "from deeplock_kernels.runtime import tiers; tiers.host_features = frozenset" + PROGRAM
+    left = entry(warm)
+    assert (run(lesser, DEEPLOCK_CACHE_DIR=warm) == COLD) == (not left.name.startswith("portable"))
+    assert run(lesser, DEEPLOCK_CACHE_DIR=warm) == WARM
+    assert {path.name.split("-")[0] for path in entries(warm)} == {left.name.split("-")[0], "portable"}
+    assert run(PROGRAM, DEEPLOCK_CACHE_DIR=warm) == WARM
 
 
 def test_an_interrupted_write_leaves_nothing(warm, monkeypatch):

@@ -491,9 +491,9 @@ def test_the_longest_name_can_be_written(tmp_path):
 def test_what_is_no_path(path):
     with pytest.raises(ParameterError, match=r"^path: got "), atomic_output(path):
         pytest.fail("the block ran")
-    with pytest.raises(ParameterError, match=r"^source: got "):
+    with pytest.raises(ParameterError, match=r"^src: got "):
         check_distinct(path, "a")
-    with pytest.raises(ParameterError, match=r"^destination: got "):
+    with pytest.raises(ParameterError, match=r"^dst: got "):
         check_distinct("a", path)
 
 
@@ -596,7 +596,7 @@ def test_the_same_file_by_any_name(target, monkeypatch):
     for source in names:
         for destination in names:
             with pytest.raises(
-                SameFileError, match=f"^destination: got {re.escape(str(destination))}, which is"
+                SameFileError, match=f"^dst: got {re.escape(str(destination))}, which is"
             ):
                 check_distinct(source, destination)
     assert target.read_bytes() == OLD

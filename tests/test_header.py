@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 import sys
 
 import pytest
@@ -129,6 +130,48 @@ def test_a_header_cannot_be_changed():
         assert header.to_json() == text
     with pytest.raises(TypeError):
         header.sbox["sha256"] = "00" * 32
+
+
+def test_a_header_does_not_change_with_what_it_was_made_of():
+    sbox, tensors = {"sha256": "4b" * 32}, {"a": TensorRecord(1)}
+    header = LockHeader("counter", sbox, 128, bytes(16), bytes(16), tensors)
+    text = header.to_json()
+    sbox["sha256"] = ""
+    tensors["b"] = TensorRecord(1)
+    assert header.to_json() == text
+
+
+@pytest.mark.parametrize("text", [COUNTER_TEXT, EXPANSION_TEXT], ids=["counter", "expansion"])
+def test_pickled_and_copied_it_is_equal_and_cannot_be_changed(text):
+    header = LockHeader.from_json(text)
+    again = [pickle.loads(pickle.dumps(header, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for other in (*again, copy.copy(header), copy.deepcopy(header), dataclasses.replace(header)):
+        assert type(other) is LockHeader
+        assert other == header
+        assert list(other.tensors) == list(header.tensors)
+        assert other.to_json() == text
+        with pytest.raises(TypeError):
+            other.tensors["b"] = TensorRecord(1)
+
+
+def test_hash():
+    header = LockHeader.from_json(EXPANSION_TEXT)
+    tensors = dict(reversed(header.tensors.items()))
+    same = [LockHeader.from_json(EXPANSION_TEXT), dataclasses.replace(header, tensors=tensors)]
+    changes = {"salt": bytes(16), "check": bytes(16), "mac": bytes(32), "key_bits": 256, "tensors": {}}
+    others = [dataclasses.replace(header, **{name: value}) for name, value in changes.items()]
+    assert {header, *same} == {header}
+    assert len({header, *others}) == 1 + len(others)
+    assert len({hash(other) for other in (header, *others)}) >= len(others)
+
+
+def test_tensors_are_in_the_order_of_the_lock_and_sorted_by_name_in_the_text():
+    tensors = {name: TensorRecord(1) for name in ("b", "ä", "a", "Z")}
+    header = LockHeader("counter", "aes", 128, bytes(16), bytes(16), tensors)
+    assert list(header.tensors) == ["b", "ä", "a", "Z"]
+    again = LockHeader.from_json(header.to_json())
+    assert list(again.tensors) == ["Z", "a", "b", "ä"]
+    assert again == header
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

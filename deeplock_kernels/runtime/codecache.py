@@ -4,7 +4,7 @@ An entry is an object file that names no processor but its tier's features. Entr
 by a stamp of all package sources and the versions of Numba and llvmlite, so that no change of any of them can
 meet old code. Whoever can write the cache can run code in the process that holds the keys: a directory that
 is not this user's (or root's), or that others can write, is not used. Whatever is wrong with the cache means
-no cache, never an exception.
+no cache, never an exception. The first entry of a new stamp removes all but the newest few of the others.
 
 `DEEPLOCK_CACHE=0` turns it off, `DEEPLOCK_CACHE_DIR` moves it from `$XDG_CACHE_HOME/deeplock_kernels`.
 """
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import secrets
 import stat
 from contextlib import suppress
@@ -22,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 
 _MAGIC = b"deeplock object 1\n"
+_KIND = b"deeplock object "  # how the entries of every version begin
+_STAMPS_KEPT = 8  # so many versions can be used in turn, and each change of the sources makes one
 
 
 @functools.cache
@@ -96,6 +99,9 @@ def save(name: str, code: bytes) -> None:
     entries = directory(create=True)
     if entries is None:
         return
+    with suppress(OSError):
+        if not any(entries.iterdir()):
+            _remove_old(entries)
     temporary = entries / f".{name}.{secrets.token_hex(8)}"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -106,3 +112,26 @@ def save(name: str, code: bytes) -> None:
             os.unlink(temporary)
         if not isinstance(error, OSError):
             raise
+
+
+def _remove_old(newest: Path) -> None:
+    """Remove the oldest stamps beside a new one. A process that still uses one has no need of its files any more."""
+    stamps = [
+        path for path in newest.parent.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name) and path != newest
+    ]
+    stamps.sort(key=lambda path: os.lstat(path).st_mtime_ns)
+    for old in stamps[: 1 - _STAMPS_KEPT]:
+        with suppress(OSError):
+            entries = list(old.iterdir())
+            if _trusted(old) and all(map(_is_entry, entries)):
+                for path in entries:
+                    os.unlink(path)
+                os.rmdir(old)
+
+
+def _is_entry(path: Path) -> bool:
+    """Say whether a file is an entry of this version or another."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_KIND)) == _KIND

@@ -271,7 +271,7 @@ def _load(tier: Tier, name: KernelName) -> Kernel:
         try:
             code, _assembly = house.emit(house.compile_module(function), tier.requires)
             linked = _from_object(code)
-        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):
+        except Exception:  # whatever it is that another Numba does otherwise
             compiled = house.compile_function(function)  # Numba's own way, without an object to keep
             if not hasattr(compiled, "address"):
                 return compiled  # type: ignore[no-any-return]
@@ -338,6 +338,8 @@ pool.hold_through_fork(_lock, rank=1)
 
 @functools.cache
 def _guard_numba_against_fork() -> None:
-    from numba.core.compiler_lock import global_compiler_lock
-
+    try:
+        from numba.core.compiler_lock import global_compiler_lock
+    except ImportError:  # another Numba keeps it elsewhere
+        return
     pool.hold_through_fork(global_compiler_lock, rank=2)
