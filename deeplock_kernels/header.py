@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from deeplock_kernels.errors import HeaderError
 from deeplock_kernels.keys import KEY_BITS
@@ -21,8 +21,7 @@ _LARGEST = 2**63 - 1
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
-@dataclass(frozen=True)
-class TensorRecord:
+class TensorRecord(NamedTuple):
     """What the header says of one tensor.
 
     Attributes

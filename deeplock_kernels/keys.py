@@ -215,17 +215,17 @@ class Derivation:
         raise KeyTypeError("Derivation: it cannot be pickled or copied; make it again from its key and salt")
 
     def _expand(self, info: bytes, length: int) -> bytes:
+        if length <= 32:
+            return hmac.digest(self._pseudorandom_key, info + b"\1", "sha256")[:length]
         output = block = b""
         for counter in range(1, -(-length // 32) + 1):
             block = hmac.digest(self._pseudorandom_key, block + info + bytes((counter,)), "sha256")
             output += block
         return output[:length]
 
-    def tensor_key_iv(self, schedule: str, sbox: str, name: str) -> tuple[bytes, bytes]:
-        """Give a tensor's own key, as long as the master key, and its 16-byte iv."""
-        label = f"deeplock/v1/tensor/{schedule}/{sbox}\0{name}".encode()
-        both = self._expand(label, self.key_bits // 8 + 16)
-        return both[:-16], both[-16:]
+    def tensor_key_iv(self, schedule: str, sbox: str, name: str) -> bytes:
+        """Give a tensor's own key, as long as the master key, and behind it its 16-byte iv."""
+        return self._expand(f"deeplock/v1/tensor/{schedule}/{sbox}\0{name}".encode(), self.key_bits // 8 + 16)
 
     def check(self) -> bytes:
         """Give the 16 bytes by which a header knows its key."""

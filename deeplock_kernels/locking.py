@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,14 @@ import numpy as np
 from deeplock_kernels import buffers
 from deeplock_kernels.errors import BufferTypeError, UnknownNameError
 from deeplock_kernels.runtime.pool import resolve_threads, run_one
-from deeplock_kernels.runtime.tiers import active_tier
+from deeplock_kernels.runtime.tiers import Tier, active_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, Schedule
 from deeplock_kernels.schedules.base import MAX_OFFSET, check_range
 from deeplock_kernels.transform import Transform
 
 _NO_SCHEDULE = object()  # what None must never mean
+_latest: dict[str, tuple[Transform, object, Tier]] = {}  # the transform of the last small array, per direction
 
 
 def lock(
@@ -118,6 +118,27 @@ def find_sbox(sbox: object, argument: str = "sbox") -> SBox:
     raise UnknownNameError(f"{argument}: got {sbox!r}, accepted are an SBox or one of {', '.join(SBOXES)}")
 
 
+def _apply_to_few(
+    direction: str, data: Any, schedule: CounterSchedule, sbox: object, offset: object
+) -> bool:
+    """Do what `_apply` does for a small array in place, in as few steps as Python allows, or nothing at all."""
+    transform, known, tier = _latest.get(direction, (None, None, None))
+    if known is not sbox or tier is not active_tier() or transform is None:
+        tier = active_tier()
+        transform = Transform.of(find_sbox(sbox), direction, tier)
+        _latest[direction] = transform, sbox, tier
+    nbytes = data.nbytes
+    if not 0 < nbytes <= transform.small or type(offset) is not int or not 0 <= offset <= MAX_OFFSET - nbytes:
+        return False
+    address = buffers.writable_address(data)
+    if not address:
+        return False
+    function, record = schedule.in_place(transform, address, nbytes, offset)
+    transform.prepare_undo()
+    run_one(function, (record,), transform.revert)
+    return True
+
+
 def _apply(
     direction: str,
     data: Any,
@@ -127,22 +148,14 @@ def _apply(
     out: Any,
     threads: int | None,
 ) -> Any:
-    if out is data and threads is None and type(schedule) is CounterSchedule and type(data) is np.ndarray:
-        # Small arrays in place: what is checked below, in as few steps as Python allows.
-        transform = Transform.of(find_sbox(sbox), direction, active_tier())
-        nbytes = data.nbytes
-        if 0 < nbytes <= transform.small and not data.dtype.hasobject and type(offset) is int:
-            try:
-                address = ctypes.addressof(ctypes.c_char.from_buffer(data))  # type: ignore[arg-type]
-            except (TypeError, ValueError, BufferError):
-                address = (
-                    0  # read-only, with gaps, or of a dtype without a buffer: the long way says what is wrong
-                )
-            if address and 0 <= offset <= MAX_OFFSET - nbytes:
-                call = schedule.call(transform, address, nbytes, offset)
-                transform.prepare_undo()
-                run_one(call, transform.revert)
-                return data
+    if (
+        out is data
+        and type(data) is np.ndarray
+        and type(schedule) is CounterSchedule
+        and (threads is None or (type(threads) is int and threads > 0))
+        and _apply_to_few(direction, data, schedule, sbox, offset)
+    ):
+        return data
     source = buffers.memory(data)
     if schedule is not _NO_SCHEDULE and not isinstance(schedule, Schedule):
         raise BufferTypeError(
@@ -151,14 +164,15 @@ def _apply(
         )
     box = find_sbox(sbox)
     offset = check_range(offset, source.nbytes)
-    count = resolve_threads(threads)
+    transform = Transform.of(box, direction, active_tier())
+    few = threads is None and source.nbytes <= transform.small
+    count = 1 if few else resolve_threads(threads)
     if isinstance(schedule, Schedule):
         schedule.ready()
     result = buffers.new_like(data) if out is None else out
     target = buffers.output_memory(result, source)
     if source.nbytes == 0:
         return result
-    transform = Transform.of(box, direction, active_tier())
     piece = transform.piece(source.nbytes, count)
     if not isinstance(schedule, Schedule):
         calls = [

@@ -6,6 +6,7 @@ import fnmatch
 import hmac
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter, le
 from types import MappingProxyType
 from typing import Any
 
@@ -85,8 +86,7 @@ def lock_tensors(
     chosen = select(names, only)
     storages = _storages(tensors, chosen)
     header = lock.header({name: (block.nbytes, same_as) for name, (block, same_as) in storages.items()})
-    for name in chosen:
-        buffers.note_written(tensors[name])
+    buffers.note_written(*(tensors[name] for name in chosen))
     _run(lock, header, storages, "lock", count)
     return header
 
@@ -149,8 +149,7 @@ def unlock_tensors(
             raise OverlapError(
                 f"tensors[{name!r}]: got the memory of {same_as!r}, which was locked as another tensor; give it its own"
             )
-    for name in header.tensors:
-        buffers.note_written(tensors[name])
+    buffers.note_written(*(tensors[name] for name in header.tensors))
     _run(lock, header, storages, "unlock", count)
 
 
@@ -260,15 +259,13 @@ class NamedLock:
 
     def header(self, sizes: Mapping[str, tuple[int, str | None]]) -> LockHeader:
         """Describe a lock of tensors given as (number of bytes, name of the tensor it shares storage with, or None)."""
-        records, start = {}, 0
+        records, start, placed = {}, 0, self._schedule == ExpansionSchedule.name
         for name, (nbytes, same_as) in sizes.items():
-            if same_as is not None:
-                records[name] = TensorRecord(nbytes, same_as=same_as)
-            elif self._schedule == ExpansionSchedule.name:
-                records[name] = TensorRecord(nbytes, start=start)
+            if same_as is None and placed:
+                records[name] = TensorRecord(nbytes, start)
                 start += nbytes
             else:
-                records[name] = TensorRecord(nbytes)
+                records[name] = TensorRecord(nbytes, None, same_as)
         return LockHeader(
             schedule=self._schedule,
             sbox=sbox_field(self.sbox),
@@ -286,10 +283,8 @@ class NamedLock:
                 self._streams[""] = ExpansionSchedule(self._key)
             return self._streams[""], header.tensors[root].start or 0
         if root not in self._streams:
-            label = header.sbox if isinstance(header.sbox, str) else header.sbox["sha256"]
-            self._streams[root] = CounterSchedule(
-                *self._derivation.tensor_key_iv(self._schedule, label, root)
-            )
+            key_iv = self._derivation.tensor_key_iv(self._schedule, _label(header), root)
+            self._streams[root] = CounterSchedule(key_iv[:-16], key_iv[-16:])
         return self._streams[root], 0
 
     def calls(
@@ -298,18 +293,19 @@ class NamedLock:
         """Plan the kernel calls that transform tensors in place."""
         if self._schedule == CounterSchedule.name:
             ranges = [(block.address, block.nbytes) for block in blocks.values()]
-            keys = [b"".join(self._key_iv(header, name)) for name in blocks]
-            self._list = CounterList(ranges, keys, self._derivation.key_bits)
+            names = [_root(header, name) for name in blocks]
+            label = _label(header)
+            self._list = CounterList(
+                ranges,
+                lambda i: self._derivation.tensor_key_iv(self._schedule, label, names[i]),
+                self._derivation.key_bits,
+            )
             return self._list.calls(transform, piece)
         calls: list[Call] = []
         for name, block in blocks.items():
             schedule, start = self.stream(header, name)
             calls += schedule.calls(transform, block.address, block.address, block.nbytes, start, piece)
         return calls
-
-    def _key_iv(self, header: LockHeader, name: str) -> tuple[bytes, bytes]:
-        label = header.sbox if isinstance(header.sbox, str) else header.sbox["sha256"]
-        return self._derivation.tensor_key_iv(self._schedule, label, _root(header, name))
 
     def __enter__(self) -> NamedLock:
         return self
@@ -359,6 +355,11 @@ def _check_names(tensors: Mapping[str, Any]) -> list[str]:
         raise BufferTypeError(
             f"tensors: got {type(tensors).__name__}, accepted is a mapping from names to buffers"
         )
+    try:
+        "\0".join(tensors).encode()
+        return list(tensors)
+    except (TypeError, UnicodeEncodeError):  # find out which one it is
+        pass
     for name in tensors:
         if not isinstance(name, str):
             raise TensorNameError(f"tensors: got a name of type {type(name).__name__}, accepted are str")
@@ -372,6 +373,11 @@ def _check_names(tensors: Mapping[str, Any]) -> list[str]:
 def _root(header: LockHeader, name: str) -> str:
     """Give the name as which a tensor was locked."""
     return header.tensors[name].same_as or name
+
+
+def _label(header: LockHeader) -> str:
+    """Give what stands for the S-Box where keys are derived."""
+    return header.sbox if isinstance(header.sbox, str) else header.sbox["sha256"]
 
 
 def _header_sbox(header: LockHeader, sbox: SBox | None) -> SBox:
@@ -393,23 +399,19 @@ def _header_sbox(header: LockHeader, sbox: SBox | None) -> SBox:
 
 def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[Memory, str | None]]:
     """Give the memory of the chosen tensors, and for one that has the memory of an earlier one, that one's name."""
-    blocks: dict[str, Memory] = {}
-    for name in chosen:
-        blocks[name] = buffers.memory(tensors[name], f"tensors[{name!r}]", writable=True)
+    blocks = buffers.named_memory(tensors, chosen)
     others = {}
-    for name in tensors.keys() - blocks.keys():
-        try:
-            others[name] = buffers.extent(tensors[name])
-        except BufferTypeError:
-            continue  # what is not locked need not be lockable
-    first: dict[tuple[int, int], str] = {}
-    storages: dict[str, tuple[Memory, str | None]] = {}
-    for name, block in blocks.items():
-        same = first.setdefault((block.address, block.nbytes), name) if block.nbytes else name
-        storages[name] = (block, None if same == name else same)
-    ranges = sorted(
-        ((block.address, block.stop, name) for name, block in (blocks | others).items() if block.nbytes),
-    )
+    if len(blocks) < len(tensors):
+        for name in tensors.keys() - blocks.keys():
+            try:
+                others[name] = buffers.extent(tensors[name])
+            except BufferTypeError:
+                continue  # what is not locked need not be lockable
+    ranges = [(start, start + nbytes, name) for name, (start, nbytes, _) in blocks.items() if nbytes]
+    ranges += [(start, start + nbytes, name) for name, (start, nbytes, _) in others.items() if nbytes]
+    ranges.sort()
+    if all(map(le, map(itemgetter(1), ranges), map(itemgetter(0), ranges[1:]))):
+        return {name: (block, None) for name, block in blocks.items()}
     reach, holder = 0, ""
     for address, stop, name in ranges:
         if address < reach:
@@ -423,6 +425,11 @@ def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[
                 )
         if stop > reach:
             reach, holder = stop, name
+    first: dict[tuple[int, int], str] = {}
+    storages: dict[str, tuple[Memory, str | None]] = {}
+    for name, block in blocks.items():
+        same = first.setdefault((block.address, block.nbytes), name) if block.nbytes else name
+        storages[name] = (block, None if same == name else same)
     return storages
 
 

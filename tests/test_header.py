@@ -123,7 +123,7 @@ def test_a_header_cannot_be_changed():
         header = LockHeader.from_json(text)
         with pytest.raises(dataclasses.FrozenInstanceError):
             header.salt = bytes(16)
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(AttributeError):
             header.tensors["b"].nbytes = 1
         with pytest.raises(TypeError):
             header.tensors["b"] = TensorRecord(1)

@@ -122,11 +122,11 @@ def results(name):
     address = memory.ctypes.data
     if name.operation == "expansion_chain":
         memory[: name.bits // 8] = list(support.KEYS[name.bits])
-        tiers.kernel(tier, name)(address, 3, ctypes.addressof(rcon) + RCON_START)
+        support.with_integers(tier, name)(address, 3, ctypes.addressof(rcon) + RCON_START)
         return [memory[:200].tobytes()]
     if name.operation == "xor":
         memory[:300] = support.painted(300)
-        tiers.kernel(tier, name)(address, 256, 0xA5)
+        support.with_integers(tier, name)(address, 256, 0xA5)
         return [memory[:300].tobytes()]
     kernel = support.RawKernel(tier, name)
     group = SEGMENTS_PER_GROUP * segment_bytes(name.bits)

@@ -18,13 +18,14 @@ ENTRY = "deeplock_kernel"  # the symbol of an object's only function
 
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
 
-_kernel = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
-inlined = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+_BARE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
+
+inlined = numba.njit(forceinline=True, **_BARE)
 
 
 def entry(function: Any, arity: int) -> Any:
     """Make the function that takes a kernel's arguments from a record."""
-    kernel, read = _kernel(function), make_record_reader(arity)
+    kernel, read = inlined(function), make_record_reader(arity)
 
     def run(record):
         kernel(*read(record))
@@ -48,7 +49,7 @@ def compile_module(function: Any) -> Any:
     It reaches into what Numba keeps of a compilation; `AttributeError` and the like mean that Numba has changed.
     """
     arguments = (numba.int64,)
-    dispatcher = _kernel(function)
+    dispatcher = numba.njit(**_BARE)(function)
     dispatcher.compile(arguments)
     result = dispatcher.overloads[arguments]
     inner = result.fndesc.llvm_func_name

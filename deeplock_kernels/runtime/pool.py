@@ -237,7 +237,7 @@ def run(calls: Sequence[Call], threads: int, undo: Undo | None = None) -> None:
         and been undone.
     """
     if len(calls) == 1 and calls[0].before is None:
-        run_one(calls[0], undo)
+        run_one(calls[0].function, calls[0].arguments, undo)
         return
     job = _Job(calls, min(threads, len(calls)) - 1, undo)
     if threading.current_thread() is threading.main_thread():
@@ -248,19 +248,19 @@ def run(calls: Sequence[Call], threads: int, undo: Undo | None = None) -> None:
         raise job.error
 
 
-def run_one(call: Call, undo: Undo | None) -> None:
+def run_one(function: Callable[..., None], arguments: tuple[Any, ...], undo: Undo | None) -> None:
     """Run one call here; an exception that comes before this returns takes it back."""
     done: list[None] = []
-    back: list[None] = []
     try:
         # One step for the interpreter, so that nothing comes between the kernel and the note that it ran.
-        done.extend(starmap(call.function, (call.arguments,)))
+        done.extend(starmap(function, (arguments,)))
     except BaseException:
+        back: list[None] = []
         attempts = 0  # more exceptions may come meanwhile
         while done and not back and undo is not None and attempts < _ATTEMPTS:
             attempts += 1
             try:
-                reverse = undo(call)
+                reverse = undo(Call(function, arguments))
                 back.extend(starmap(reverse.function, (reverse.arguments,)))
             except BaseException:  # the first one is raised below
                 pass

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from deeplock_kernels.errors import KeyFormatError, KeyTypeError
-from deeplock_kernels.kernels.signatures import RECORD_BYTES
+from deeplock_kernels.kernels.signatures import RECORD_BYTES, RECORDS
 from deeplock_kernels.keys import MasterKey, key_bytes
 from deeplock_kernels.runtime.pool import Call
+from deeplock_kernels.runtime.tiers import Kernel
 from deeplock_kernels.schedules.base import RCON_ADDRESS, Schedule
 from deeplock_kernels.transform import Transform
 
+_PACK = RECORDS["counter"].pack
 _PAST_CACHE = 16 << 20  # bytes from which on separate output is better written past the caches
 
 
@@ -54,18 +57,21 @@ class CounterSchedule(Schedule):
     def _secrets(self) -> list[ctypes.Array[ctypes.c_char]]:
         return [self._key]
 
-    def call(self, transform: Transform, address: int, nbytes: int, offset: int) -> Call:
-        """Plan the one kernel call that transforms a few bytes in place."""
+    def in_place(self, transform: Transform, address: int, nbytes: int, offset: int) -> tuple[Kernel, bytes]:
+        """Give the one kernel that transforms a few bytes in place, and the record of its arguments."""
         if self._wiped:
             self.ready()
-        where = (address, address, nbytes, offset)
-        return transform.call("counter", self.bits, *where, self._address, RCON_ADDRESS)
+        record = _PACK(address, address, nbytes, offset, self._address, RCON_ADDRESS, transform.box)
+        return transform.kernel("counter", self.bits), record
 
     def calls(
         self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int
     ) -> list[Call]:
         """Plan the kernel calls; see `Schedule.calls`."""
         self.ready()
+        if nbytes <= piece and nbytes < _PAST_CACHE:
+            arguments = (target, source, nbytes, offset, self._address, RCON_ADDRESS)
+            return [transform.call("counter", self.bits, *arguments)]
         operation, head = "counter", 0
         if target != source and nbytes >= _PAST_CACHE and (target - offset) % 16 == 0:
             operation, head = "counter_past_cache", -target % 64
@@ -79,48 +85,63 @@ class CounterSchedule(Schedule):
 
 
 class CounterList:
-    """Many buffers, each with a key and iv of its own, for one native call to work through.
+    """Many buffers, each with a key and iv of its own, for a few native calls to work through.
 
     Parameters
     ----------
     blocks
         Address and number of bytes of each.
-    keys
-        The key and iv of each, one behind the other.
+    key_iv
+        Gives the key and behind it the iv of the i-th one. It is asked on the thread that is about to need them.
     bits
         The length of every key.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, int]], keys: Sequence[bytes], bits: int) -> None:
-        self._blocks, self._bits = blocks, bits
-        joined = b"".join(keys)
-        self._keys = ctypes.create_string_buffer(joined, len(joined))
+    def __init__(self, blocks: Sequence[tuple[int, int]], key_iv: Callable[[int], bytes], bits: int) -> None:
+        self._blocks, self._key_iv, self._bits = blocks, key_iv, bits
+        self._stride = bits // 8 + 16
+        self._keys = bytearray(self._stride * len(blocks))
+        self._derived = bytearray(len(blocks))
         self._records = array("q")
 
     def calls(self, transform: Transform, piece: int) -> list[Call]:
         """Plan the kernel calls that transform all of them in place, each on about `piece` bytes."""
-        key, stride = ctypes.addressof(self._keys), self._bits // 8 + 16
-        records, ends, size = array("q"), [], 0
-        for address, nbytes in self._blocks:
+        stride, key = self._stride, ctypes.addressof(ctypes.c_char.from_buffer(self._keys))
+        records: list[int] = []
+        groups: list[tuple[int, list[int]]] = []  # where a call's records end, and whose they are
+        group, size = [], 0
+        # Large ones first, so that the small ones fill up what is left at the end.
+        for i in sorted(range(len(self._blocks)), key=lambda i: -self._blocks[i][1]):
+            address, nbytes = self._blocks[i]
             for start in range(0, nbytes, piece):
                 length = min(piece, nbytes - start)
-                records.extend((address + start, address + start, length, start, key))
+                records += (address + start, address + start, length, start, key + i * stride)
+                group.append(i)
                 size += length
                 if size >= piece:
-                    ends.append(len(records))
-                    size = 0
-            key += stride
-        if size:
-            ends.append(len(records))
-        self._records = records
-        where, width = records.buffer_info()[0], RECORD_BYTES // 8
-        return [
-            transform.call(
-                "counter_list", self._bits, where + 8 * first, (last - first) // width, RCON_ADDRESS
-            )
-            for first, last in zip([0, *ends], ends, strict=False)
-        ]
+                    groups.append((len(records), group))
+                    group, size = [], 0
+        if group:
+            groups.append((len(records), group))
+        self._records = array("q", records)
+        where, width, first, calls = self._records.buffer_info()[0], RECORD_BYTES // 8, 0, []
+        for end, group in groups:
+            arguments = (where + 8 * first, (end - first) // width, RCON_ADDRESS)
+            before = partial(self._derive, group)
+            calls.append(transform.call("counter_list", self._bits, *arguments, before=before))
+            first = end
+        if len(calls) == 1:  # nothing to derive beside
+            self._derive(groups[0][1])
+            return [calls[0]._replace(before=None)]
+        # A group of many small tensors takes long to derive, which one thread can do while another is busy.
+        return calls[:1] + calls[:0:-1]
+
+    def _derive(self, group: Sequence[int]) -> None:
+        for i in group:
+            if not self._derived[i]:
+                self._keys[i * self._stride : (i + 1) * self._stride] = self._key_iv(i)
+                self._derived[i] = True
 
     def wipe(self) -> None:
         """Fill the keys with zeros."""
-        ctypes.memset(self._keys, 0, len(self._keys))
+        self._keys[:] = bytes(len(self._keys))
