@@ -13,7 +13,8 @@ from deeplock_kernels.runtime.tiers import Kernel, Tier, active_tier, kernel
 from deeplock_kernels.sboxes import SBox
 
 IDENTITY = SBox(bytes(range(256)))
-_SMALLEST_PIECE = 100  # microseconds of one core's work below which another thread does not pay
+_SMALLEST_JOB = 500  # microseconds of one core's work up to which the pool's threads take longer to wake than they save
+_SMALLEST_PIECE = 100  # microseconds of one core's work that a call takes at least
 _LARGEST_PIECE = 1000  # so that Ctrl-C is answered soon
 _PAGE = 4096
 _BOX = Struct("q")
@@ -38,7 +39,7 @@ class Transform:
         self._form, self.box, self._kept = forms.choose(
             sbox if direction == "lock" else sbox.inverse, self._tier.forms
         )
-        self.small = 2 * _SMALLEST_PIECE * self._tier.pace
+        self.small = _SMALLEST_JOB * self._tier.pace
         self._kernels: dict[tuple[str, int], Kernel] = {}
         self._undoable = 0
 

@@ -237,6 +237,7 @@ def test_forbidden_pages_end_the_process_that_reads_them():
 def test_large_output_elsewhere_is_written_past_the_cache_from_any_address(tier, box, direction, monkeypatch):
     """Buffers are large from one byte on here, and small pieces make many calls of one buffer."""
     monkeypatch.setattr(counter, "_PAST_CACHE", 1)
+    monkeypatch.setattr(transform, "_SMALLEST_JOB", 2)
     monkeypatch.setattr(transform, "_SMALLEST_PIECE", 1)
     monkeypatch.setattr(transform, "_LARGEST_PIECE", 1)
     support.forget_transforms()

@@ -197,6 +197,7 @@ def jobs(monkeypatch):
 @pytest.fixture
 def small_pieces(monkeypatch, jobs):
     """Make pieces as small as a tier's pace allows."""
+    monkeypatch.setattr(transform, "_SMALLEST_JOB", 2)
     monkeypatch.setattr(transform, "_SMALLEST_PIECE", 1)
     monkeypatch.setattr(transform, "_LARGEST_PIECE", 1)
     support.forget_transforms()

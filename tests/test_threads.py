@@ -30,6 +30,7 @@ def nothing() -> None:
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Cut a megabyte into many pieces."""
+    monkeypatch.setattr(transform, "_SMALLEST_JOB", 2)
     monkeypatch.setattr(transform, "_SMALLEST_PIECE", 1)
     monkeypatch.setattr(transform, "_LARGEST_PIECE", 1)
     transform.Transform.of.cache_clear()
@@ -74,7 +75,7 @@ from deeplock_kernels import transform
 from deeplock_kernels.runtime import pool, tiers
 from deeplock_kernels.schedules import expansion
 
-transform._SMALLEST_PIECE = transform._LARGEST_PIECE = 1
+transform._SMALLEST_JOB, transform._SMALLEST_PIECE, transform._LARGEST_PIECE = 2, 1, 1
 plain = (np.arange(1_000_000) % 251).astype(np.uint8)
 schedule = deeplock.CounterSchedule(bytes(range(16)), bytes(range(100, 116)))
 
@@ -551,7 +552,7 @@ reached = 0
 SWEEP = INTERRUPT + """
 operation, kind, threads, pieces, bursts, how, wanted = json.loads(sys.argv[1])
 if pieces != "many":
-    transform._SMALLEST_PIECE, transform._LARGEST_PIECE = 100, 1000
+    transform._SMALLEST_JOB, transform._SMALLEST_PIECE, transform._LARGEST_PIECE = 500, 100, 1000
 size = {"small": 199, "one": 900, "many": 500}[pieces] * tiers.active_tier().pace
 def make():
     if kind == "expansion":
