@@ -148,8 +148,7 @@ def copy(threads: int) -> Prepare:
     def prepare(spot: Spot) -> Work:
         with use_tier(None):
             if pieces(len(spot.data), threads) > 1:
-                works = measure.limits(spot.data, spot.out, threads)
-                return next(work for name, work in works.items() if name != measure.LIMIT)
+                return measure.limits(spot.data, spot.out, threads)[measure.COPY]
         target, source, nbytes = spot.out.ctypes.data, spot.data.ctypes.data, len(spot.data)
         return lambda: ctypes.memmove(target, source, nbytes)
 

@@ -312,7 +312,7 @@ def _bench(arguments: argparse.Namespace) -> Iterator[str]:
         use_tier(arguments.tier)
     threads = resolve_threads(arguments.threads)
     data, copy = measure.aligned(arguments.size), measure.aligned(arguments.size)
-    work = measure.limits(data, copy, threads) | measure.locks(data, threads) | measure.peers(data)
+    work = measure.limits(data, copy, threads) | measure.locks(data, copy, threads) | measure.peers(data)
     yield measure.environment(threads)
     yield f"{arguments.size:,} bytes in place, median of {arguments.rounds} rounds [lowest to highest]"
     for name, figure in measure.measure(work, data.nbytes, arguments.rounds).items():

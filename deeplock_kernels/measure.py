@@ -29,6 +29,7 @@ from deeplock_kernels.transform import IDENTITY, Transform
 
 Work = Callable[[], object]
 LIMIT = "XOR in place (the limit)"
+COPY = "copy (memcpy)"
 
 
 class Figure(NamedTuple):
@@ -89,7 +90,7 @@ def aligned(nbytes: int) -> Any:
 
 
 def limits(data: Any, copy: Any, threads: int) -> dict[str, Work]:
-    """Give the XOR and the copy that locking is compared with, on the same threads in the same pieces."""
+    """Give the XOR and the copies that locking is compared with, on the same threads in the same pieces."""
     tier = active_tier()
     xor = kernel(tier, KernelName("xor"))
     address, target, nbytes = data.ctypes.data, copy.ctypes.data, data.nbytes
@@ -98,11 +99,20 @@ def limits(data: Any, copy: Any, threads: int) -> dict[str, Work]:
     xors = [Call(xor, (RECORDS["xor"].pack(address + i, n, 0x5A),)) for i, n in pieces]
     memmove: Any = ctypes.memmove
     copies = [Call(memmove, (target + i, address + i, n)) for i, n in pieces]
-    return {LIMIT: lambda: run(xors, threads), "copy (memcpy)": lambda: run(copies, threads)}
+    past = kernel(tier, KernelName("copy_past_cache"))
+    edge = -target % 64  # it takes an aligned target
+    passing = [
+        Call(past, (RECORDS["copy_past_cache"].pack(target + i + edge, address + i, n - 64),)) for i, n in pieces
+    ]
+    return {
+        LIMIT: lambda: run(xors, threads),
+        COPY: lambda: run(copies, threads),
+        "copy past the caches": lambda: run(passing, threads),
+    }
 
 
-def locks(data: Any, threads: int) -> dict[str, Work]:
-    """Give the kinds of locking that are measured, all in place."""
+def locks(data: Any, copy: Any, threads: int) -> dict[str, Work]:
+    """Give the kinds of locking that are measured, in place but for one."""
     counter_128 = CounterSchedule(bytes(range(16)), bytes(16))
     counter_256 = CounterSchedule(bytes(range(32)), bytes(16))
     indexed = ExpansionSchedule(bytes(range(16)))
@@ -133,6 +143,7 @@ def locks(data: Any, threads: int) -> dict[str, Work]:
         "unlock, counter 128, kuznyechik": lambda: unlock(
             data, counter_128, sbox="kuznyechik", out=data, threads=threads
         ),
+        "lock into other memory, counter 128, aes": lambda: lock(data, counter_128, out=copy, threads=threads),
         "expansion 128, its bare chain": bare_chain,
         "lock, expansion 128, first pass": first_pass,
         "lock, expansion 128, indexed": lambda: lock(data, indexed, out=data, threads=threads),

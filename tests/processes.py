@@ -49,7 +49,7 @@ class Process:
             start_new_session=True,
         )
 
-    def finish(self, *, returncode=0, errors="", timeout=40):
+    def finish(self, *, returncode=0, errors="", timeout=300):
         """Wait for its end, check how it ended and what it wrote to stderr (None: anything), give its stdout."""
         try:
             output, error = self._process.communicate(timeout=timeout)
@@ -62,6 +62,6 @@ class Process:
         return output
 
 
-def run(program, *arguments, timeout=40, **keywords):
+def run(program, *arguments, timeout=300, **keywords):
     """Run a program to its end in a fresh process; it must succeed and write nothing to stderr. Give its stdout."""
     return Process(program, *arguments, **keywords).finish(timeout=timeout)

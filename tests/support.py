@@ -215,7 +215,7 @@ def run_kernels_between_forbidden_pages(tier_name):
     target_start, target_end = _guarded_pages(largest)
     source_start, source_end = _guarded_pages(largest)
     for name in every_name(tier.forms):
-        if name.operation in ("expansion_chain", "xor"):
+        if name.operation in ("expansion_chain", "copy_past_cache", "xor"):
             continue
         kernel = RawKernel(tier, name, place_before_forbidden_page)
         if name.operation == "expansion_indexed":
@@ -240,3 +240,7 @@ def run_kernels_between_forbidden_pages(tier_name):
         chain(states, 2, place_before_forbidden_page(RCON_WORDS) + RCON_START)
     for nbytes in range(330):
         with_integers(tier, KernelName("xor"))(target_end - nbytes, nbytes, 1)
+        copy = with_integers(tier, KernelName("copy_past_cache"))
+        copy(target_start, source_end - nbytes, nbytes)
+        if nbytes % 64 == 0:
+            copy(target_end - nbytes, source_start, nbytes)

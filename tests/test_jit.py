@@ -128,6 +128,10 @@ def results(name):
         memory[:300] = support.painted(300)
         support.with_integers(tier, name)(address, 256, 0xA5)
         return [memory[:300].tobytes()]
+    if name.operation == "copy_past_cache":
+        memory[512:1024] = support.painted(512)
+        support.with_integers(tier, name)(address, address + 512, 300)
+        return [memory[:400].tobytes()]
     kernel = support.RawKernel(tier, name)
     group = SEGMENTS_PER_GROUP * segment_bytes(name.bits)
     found = []

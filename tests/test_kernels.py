@@ -218,6 +218,21 @@ def test_xor_kernel_changes_whole_steps_only(tier, name):
             assert np.array_equal(memory, wanted), (alignment, nbytes)
 
 
+@kernels("copy_past_cache")
+def test_copy_kernel_copies_whole_steps_only(tier, name):
+    step = 8 if tier.name == "portable" else 64
+    kernel = support.with_integers(tier, name)
+    source = painted(512, start=3)
+    for alignment in (0, 1, 63):
+        for nbytes in range(300):
+            target = support.aligned(512)
+            target[:] = wanted = painted(512)
+            length = nbytes // step * step
+            wanted[64 : 64 + length] = source[alignment : alignment + length]
+            kernel(target.ctypes.data + 64, source.ctypes.data + alignment, nbytes)
+            assert np.array_equal(target, wanted), (alignment, nbytes)
+
+
 @forbids_pages
 def test_no_kernel_touches_a_byte_outside_its_memory(tier):
     """Reads too: buffers and parameters end where a page begins that may not even be read."""

@@ -916,7 +916,9 @@ def test_a_failure_after_some_calls_leaves_all_as_it_was(monkeypatch, schedule, 
     if threads == 1:  # in the order of the calls: at the first nothing was done, at the last nearly all
         assert [state == plain for state in changed] == [True] + 5 * [False]
         assert changed[-1]["c"] != plain["c"]
-        assert changed[-1]["e"] == plain["e"]
+        # The counter schedule comes last to the second piece of the largest tensor, which it derives keys beside.
+        name, part = ("c", slice(8192, 2 * 8192)) if schedule == "counter" else ("e", slice(None))
+        assert changed[-1][name][part] == plain[name][part]
     header = lock_tensors(tensors, KEY, schedule=schedule, threads=threads)
     assert bytes_of(tensors) == {name: oracle_of_long(plain, header)[name] for name in plain}
     for count in (0, 1, 5, -1):

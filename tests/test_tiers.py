@@ -574,7 +574,7 @@ def test_self_test_sees_one_wrong_bit(tier, name, place):
     elif name.operation == "expansion_indexed":  # the start of each segment is compared
         places = {"first": 0, "last": 3 * segment + 199, "behind": 4 * segment}
     else:
-        nbytes = {"xor": 256, "counter_past_cache": 1000}.get(name.operation, 300)
+        nbytes = {"xor": 256, "copy_past_cache": 256, "counter_past_cache": 1000}.get(name.operation, 300)
         places = {"first": 0, "last": nbytes - 1, "behind": nbytes}
 
     def wrong(record):

@@ -15,7 +15,7 @@ from deeplock_kernels.runtime.pool import resolve_threads
 from deeplock_kernels.runtime.tiers import active_tier
 
 _SIZES = {"1 MiB": 1 << 20, "16 MiB": 16 << 20, "64 MiB": 64 << 20, "256 MiB": 256 << 20}
-_SHOWN = ("copy (memcpy)", measure.LIMIT, "lock, counter 128, aes", "unlock, counter 128, aes")
+_SHOWN = (measure.COPY, measure.LIMIT, "lock, counter 128, aes", "unlock, counter 128, aes")
 
 
 def show(*, quick: bool = False) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _speeds(quick: bool) -> Iterator[str]:
         if quick and nbytes > 16 << 20:
             continue
         data, copy = measure.aligned(nbytes), measure.aligned(nbytes)
-        work = measure.limits(data, copy, threads) | measure.locks(data, threads)
+        work = measure.limits(data, copy, threads) | measure.locks(data, copy, threads)
         rounds = 11 if active_tier().constant_time else 3
         figures = measure.measure({name: work[name] for name in _SHOWN}, nbytes, rounds)
         speeds = "".join(f"{statistics.median(figures[name].speed):9.1f}" for name in _SHOWN)

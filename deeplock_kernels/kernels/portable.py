@@ -321,6 +321,14 @@ def _xor(_name: KernelName) -> Any:
     return xor
 
 
+def _copy(_name: KernelName) -> Any:
+    def copy(target, source, nbytes):
+        for i in range(0, nbytes - 7, 8):
+            write_quad(target + i, read_quad(source + i))
+
+    return copy
+
+
 _BUILDERS = {
     "counter": _counter,
     "counter_list": _counter_list,
@@ -329,5 +337,6 @@ _BUILDERS = {
     "expansion_chain": _expansion_chain,
     "expansion_indexed": _expansion_indexed,
     "substitute": _substitute,
+    "copy_past_cache": _copy,
     "xor": _xor,
 }

@@ -12,6 +12,7 @@ record, `RECORDS[operation].pack(...)`, because ctypes charges for each argument
 | expansion_chain    | states, segments, rcon                                                             |
 | expansion_indexed  | target, source, groups, states, rcon, box                                          |
 | substitute         | target, source, nbytes, box                                                        |
+| copy_past_cache    | target, source, nbytes                                                             |
 | xor                | target, nbytes, value                                                              |
 
 `target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream. `key`
@@ -38,6 +39,7 @@ ARITY = {
     "expansion_chain": 3,
     "expansion_indexed": 6,
     "substitute": 4,
+    "copy_past_cache": 3,
     "xor": 3,
 }
 
@@ -91,7 +93,8 @@ _DIRECTIONS = {"aes": ("lock",), "aes_inverse": ("unlock",)}
 
 def every_name(forms: tuple[str, ...]) -> list[KernelName]:
     """List the kernels that a tier with these S-Box forms uses for the named S-Boxes."""
-    names = [KernelName("xor"), *(KernelName("expansion_chain", bits) for bits in (128, 192, 256))]
+    names = [KernelName("xor"), KernelName("copy_past_cache")]
+    names += [KernelName("expansion_chain", bits) for bits in (128, 192, 256)]
     for form in forms:
         names.append(KernelName("substitute", form=form))
         names += [

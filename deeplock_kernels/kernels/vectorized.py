@@ -294,6 +294,18 @@ def _xor(_tier: Any, _name: KernelName) -> Any:
     return xor
 
 
+def _copy_past_cache(_tier: Any, _name: KernelName) -> Any:
+    """Make the measure of what memory allows out of place: a copy to an aligned target, whole steps only."""
+
+    def copy_past_cache(target, source, nbytes):
+        for i in range(0, nbytes - 63, 64):
+            prefetch(source + i + AHEAD)
+            store_past_cache(target + i, load(u8x64, source + i))
+        fence()
+
+    return copy_past_cache
+
+
 _BUILDERS = {
     "counter": _counter,
     "counter_list": _counter_list,
@@ -302,5 +314,6 @@ _BUILDERS = {
     "expansion_chain": _expansion_chain,
     "expansion_indexed": _expansion_indexed,
     "substitute": _substitute,
+    "copy_past_cache": _copy_past_cache,
     "xor": _xor,
 }

@@ -167,6 +167,13 @@ def _check_xor(_name: KernelName, function: Callable[..., None]) -> bool:
     return data.raw == bytes(x ^ 0xA5 for x in _plain(256)) + b"\0"
 
 
+def _check_copy(_name: KernelName, function: Callable[..., None]) -> bool:
+    room = ctypes.create_string_buffer(512)
+    target = ctypes.addressof(room) + -ctypes.addressof(room) % 64
+    function(target, _address(_plain(256)), 256)
+    return ctypes.string_at(target, 257) == _plain(256) + b"\0"
+
+
 def _address(data: bytes) -> int:
     # The object's own memory, for reading only, as long as the caller holds the object.
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
@@ -180,5 +187,6 @@ _CHECKS: dict[str, Callable[[KernelName, Callable[..., None]], bool]] = {
     "expansion_chain": _check_expansion_chain,
     "expansion_indexed": _check_expansion_indexed,
     "substitute": _check_substitute,
+    "copy_past_cache": _check_copy,
     "xor": _check_xor,
 }
