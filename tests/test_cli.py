@@ -87,7 +87,7 @@ COMMAND = [sys.executable, "-W", "error", "-m", "deeplock_kernels"]
 def process(*arguments, text=True, **keywords):
     """Run a command line in a process of its own."""
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()} | keywords
-    return subprocess.run([*COMMAND, *arguments], text=text, timeout=60, check=False, **keywords)
+    return subprocess.run([*COMMAND, *arguments], text=text, timeout=200, check=False, **keywords)
 
 
 def snapshot(folder):
@@ -434,21 +434,22 @@ def test_a_real_ctrl_c(folder, command):
     (folder / "large").write_bytes(len(table).to_bytes(8, "little") + table.encode())
     os.truncate("large", 8 + len(table) + size)
     (folder / "new").write_text("old")
-    running = subprocess.Popen(
-        [*COMMAND, command, "large", "new", "--key", "key"],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        end = time.monotonic() + 30
-        while not list(folder.glob(".deeplock-*.tmp")):
-            assert running.poll() is None, running.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.001)
-        running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=30)
-    finally:
-        running.kill()
-        os.unlink("large")
+    for _ in range(10):
+        running = subprocess.Popen(
+            [*COMMAND, command, "large", "new", "--key", "key"],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            while not list(folder.glob(".deeplock-*.tmp")) and running.poll() is None:
+                time.sleep(0.001)
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=100)
+        finally:
+            running.kill()
+        if running.returncode != 0:  # or it came to its end first
+            break
+        (folder / "new").write_text("old")
+    os.unlink("large")
     assert (running.returncode, out) == (130, "")
     # Before that line Python may say of a generator of its own that it was cut off.
     assert err.splitlines()[-1] == "deeplock: interrupted; nothing was changed"
