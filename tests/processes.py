@@ -11,6 +11,7 @@ from pathlib import Path
 import deeplock_kernels
 
 ROOT = Path(deeplock_kernels.__file__).resolve().parent.parent
+_HANGS = 200  # seconds; far more than anything takes on a machine with much else to do
 _NOT_INHERITED = ("DEEPLOCK_TIER", "DEEPLOCK_NUM_THREADS", "DEEPLOCK_CACHE")
 
 
@@ -49,7 +50,7 @@ class Process:
             start_new_session=True,
         )
 
-    def finish(self, *, returncode=0, errors="", timeout=300):
+    def finish(self, *, returncode=0, errors="", timeout=_HANGS):
         """Wait for its end, check how it ended and what it wrote to stderr (None: anything), give its stdout."""
         try:
             output, error = self._process.communicate(timeout=timeout)
@@ -62,6 +63,6 @@ class Process:
         return output
 
 
-def run(program, *arguments, timeout=300, **keywords):
+def run(program, *arguments, timeout=_HANGS, **keywords):
     """Run a program to its end in a fresh process; it must succeed and write nothing to stderr. Give its stdout."""
     return Process(program, *arguments, **keywords).finish(timeout=timeout)

@@ -377,8 +377,9 @@ OBJECTS = {
     "an array of records with objects": lambda: np.zeros(3, [("a", "i4"), ("b", "O")]),
     "a memoryview of objects": lambda: memoryview(np.array([b"a", 1], object)),
     "a ctypes array of objects": lambda: (ctypes.py_object * 2)(),
-    "an array of texts of any length": lambda: np.array(["a", "b" * 100], np.dtypes.StringDType()),
 }
+if hasattr(np.dtypes, "StringDType"):  # NumPy 2
+    OBJECTS["an array of texts of any length"] = lambda: np.array(["a", "b" * 100], np.dtypes.StringDType())
 GAPS = {
     "every second": lambda: f4(10)[::2],
     "backwards": lambda: f4(10)[::-1],

@@ -430,7 +430,7 @@ def test_no_file_in_the_place_of_an_entry(warm, thing):
     else:
         path.symlink_to("/dev/zero")
     program = "from deeplock_kernels.runtime import codecache; import sys; print(codecache.load(sys.argv[1]))"
-    assert run(program, path.stem, DEEPLOCK_CACHE_DIR=warm, timeout=10) == "None\n"
+    assert run(program, path.stem, DEEPLOCK_CACHE_DIR=warm) == "None\n"
 
 
 # No place for it

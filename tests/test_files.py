@@ -360,7 +360,7 @@ def in_a_subprocess(program: str, *arguments) -> subprocess.CompletedProcess:
         [sys.executable, "-c", preamble + program, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
 

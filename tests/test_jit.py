@@ -166,4 +166,4 @@ def test_objects_and_the_ordinary_compiler_give_the_same_bytes(tier):
     parts = [names[start::2] for start in range(2)]  # one for each of two processors
     processes = [Process(COMPARISON, *map(tuple, part), DEEPLOCK_TIER=tier.name) for part in parts]
     for process, part in zip(processes, parts, strict=True):
-        assert process.finish(timeout=240).split() == ["CFunc"] * len(part)
+        assert process.finish().split() == ["CFunc"] * len(part)

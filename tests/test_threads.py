@@ -151,7 +151,7 @@ def test_a_piece_that_runs_pieces_of_its_own():
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_as_many_threads_work_as_were_asked_for_and_no_more(threads):
-    seen, all_there = set(), threading.Barrier(threads, timeout=20)
+    seen, all_there = set(), threading.Barrier(threads, timeout=100)
 
     def meet():
         seen.add(threading.get_ident())
@@ -210,16 +210,24 @@ def test_a_failing_piece_takes_back_those_that_are_done(threads, failing, small_
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_exception_of_any_thread_reaches_the_caller_after_all_have_stopped(threads, kind):
+def test_an_exception_of_any_thread_reaches_the_caller_after_all_have_stopped(threads, kind, monkeypatch):
     """One of the threads fails; the others finish the piece that they have, and begin no other."""
-    begun, ran, everyone = [], [], threading.Barrier(threads)
+    begun, ran, everyone, jobs = [], [], threading.Barrier(threads), []
+
+    class Job(pool._Job):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            jobs.append(self)
+
+    monkeypatch.setattr(pool, "_Job", Job)
 
     def before():
         begun.append(1)
         if len(begun) <= threads:
-            if everyone.wait(20) == 0:
+            if everyone.wait(100) == 0:
                 raise kind("the test's own")
-            time.sleep(0.05)
+            while jobs[0].error is None:
+                time.sleep(0.001)
 
     with pytest.raises(kind, match="the test's own"):
         pool.run([Call(ran.append, (1,), before)] * 30, threads)
@@ -790,7 +798,7 @@ for count in (1, 2, 5):
     assert run(WARM + program, DEEPLOCK_NUM_THREADS="4") == "5\n"
 
 
-NO_COUNT = [0, -1, True, False, 1.5, 2.0, "x", "2", "", b"2", (), [2]]
+NO_COUNT = [0, -1, True, False, np.True_, 1.5, 2.0, "x", "2", "", b"2", (), [2]]
 
 
 @pytest.mark.parametrize("value", NO_COUNT, ids=repr)

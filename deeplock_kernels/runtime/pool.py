@@ -22,6 +22,8 @@ from itertools import starmap
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from deeplock_kernels.errors import ParameterError
 
 
@@ -301,7 +303,7 @@ def available_threads() -> int:
 
 def _count(name: str, value: object) -> int:
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        number = 0 if isinstance(value, (bool, np.bool_)) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = 0
     if number < 1:

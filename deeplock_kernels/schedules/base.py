@@ -129,7 +129,7 @@ def check_integer(value: object, argument: str) -> int:
 def whole_number(value: object) -> int | None:
     """Give an int for whatever is a whole number (not a bool), else None."""
     try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
 
