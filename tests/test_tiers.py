@@ -624,7 +624,8 @@ def object_code(tier, name):
 
 
 NAME = KernelName("counter", 256, "table", "lock")
-REVERSED = bytes(range(15, -1, -1))  # the order in which vector tiers shuffle a counter's bytes
+REVERSED = bytes(range(15, -1, -1))  # the order in which tiers of x86 shuffle a counter's bytes
+ROTATED = bytes((13, 14, 15, 12)) * 4  # RotWord, by which neon expands a key
 
 
 @pytest.fixture
@@ -651,12 +652,13 @@ def test_right_code_from_the_cache_is_used_as_it_is(tier, own_cache, monkeypatch
 
 
 def test_altered_code_with_a_right_digest_is_not_used(tier, own_cache):
-    """A constant is changed: an entry of AES's table, or the order in which a counter's bytes are read."""
+    """A constant is changed: an entry of AES's table, or the order in which a counter's or a key's bytes are read."""
     if tier.name == "portable":
         right = portable.SUBSTITUTED.tobytes()
         wrong = right[:8] + right[8:16][::-1] + right[16:]
     else:
-        right, wrong = REVERSED, REVERSED[:-2] + REVERSED[:-3:-1]
+        right = ROTATED if tier.name == "neon" else REVERSED
+        wrong = right[:-2] + right[:-3:-1]
     assert right in own_cache
     codecache.save(f"{tier.name}-{NAME}", own_cache.replace(right, wrong))
     for _ in range(2):
