@@ -6,11 +6,15 @@ emitted once more for exactly the features of its tier, as an object that needs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
 from llvmlite import binding as llvm
-from numba.core import config
+from numba.core import codegen, config
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 
 from deeplock_kernels.kernels.memory import make_record_reader
 
@@ -69,9 +73,44 @@ def compile_module(function: Any) -> Any:
     return module
 
 
+class _CodeWithoutAddress(codegen.AOTCodeLibrary):
+    def get_pointer_to_function(self, name):
+        self._ensure_finalized()
+        return 0
+
+
+class _NoNativeCode(codegen.AOTCPUCodegen):
+    _library_class = _CodeWithoutAddress
+
+    def set_env(self, env_name, env):
+        """Do nothing: what has no address is given no environment."""
+
+
+@contextmanager
+def without_native_code() -> Iterator[None]:
+    """Have Numba make LLVM code alone, as LLVM ends the process over instructions that the host lacks."""
+    context = cpu_target.target_context
+    with global_compiler_lock:
+        context.refresh()  # what Numba itself is made of has to run
+        native = context._internal_codegen
+        context._internal_codegen = _NoNativeCode("deeplock_kernels")
+        try:
+            yield
+        finally:
+            context._internal_codegen = native
+
+
 def emit(module: Any, features: frozenset[str]) -> tuple[bytes, str]:
-    """Give the object code and the assembly of a module for a processor with these features and no others."""
+    """Give the object code and the assembly of a module for a processor with these features and no others.
+
+    Features of the other architecture give code of that one, for Linux.
+    """
     triple = llvm.get_process_triple()
+    on_x86 = triple.startswith("x86_64")
+    if features and on_x86 == ("neon" in features):
+        triple = "aarch64-unknown-linux-gnu" if on_x86 else "x86_64-unknown-linux-gnu"
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(triple).create_target_machine(
         cpu="x86-64" if triple.startswith("x86_64") else "generic",
         features=",".join(f"+{name}" for name in sorted(features)),
@@ -80,6 +119,7 @@ def emit(module: Any, features: frozenset[str]) -> tuple[bytes, str]:
         codemodel="large",
         jit=True,
     )
+    module.triple, module.data_layout = triple, str(machine.target_data)
     passes = llvm.create_new_module_pass_manager()
     passes.add_global_dead_code_eliminate_pass()
     passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3)))

@@ -15,6 +15,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -297,16 +298,20 @@ def build(tier: Tier, name: KernelName) -> Any:
     return house.entry(builder(primitives, name), name.arity)
 
 
-def assembly(tier: Tier, name: KernelName) -> str:
-    """Compile a kernel and give its assembly, which is made of the tier's features alone.
+def emit(tier: Tier, name: KernelName) -> tuple[bytes, str]:
+    """Compile a kernel of any tier, whether this machine can run it or not; give its object code and its assembly.
 
-    Numba has to be able to compile for the tier: where the processor lacks its features, Numba has to be told of them
-    (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES).
+    Both are made of the tier's features alone.
     """
     from deeplock_kernels.kernels import house
 
-    with _lock:
-        return house.emit(house.compile_module(build(tier, name)), tier.requires)[1]
+    with _lock, nullcontext() if tier.supported else house.without_native_code():
+        return house.emit(house.compile_module(build(tier, name)), tier.requires)
+
+
+def assembly(tier: Tier, name: KernelName) -> str:
+    """Give the assembly of a kernel of any tier."""
+    return emit(tier, name)[1]
 
 
 @functools.cache
