@@ -6,15 +6,11 @@ emitted once more for exactly the features of its tier, as an object that needs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numba
 from llvmlite import binding as llvm
-from numba.core import codegen, config
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import cpu_target
+from numba.core import config
 
 from deeplock_kernels.kernels.memory import make_record_reader
 
@@ -71,33 +67,6 @@ def compile_module(function: Any) -> Any:
             value.linkage = "internal"
     module.verify()
     return module
-
-
-class _CodeWithoutAddress(codegen.AOTCodeLibrary):
-    def get_pointer_to_function(self, name):
-        self._ensure_finalized()
-        return 0
-
-
-class _NoNativeCode(codegen.AOTCPUCodegen):
-    _library_class = _CodeWithoutAddress
-
-    def set_env(self, env_name, env):
-        """Do nothing: what has no address is given no environment."""
-
-
-@contextmanager
-def without_native_code() -> Iterator[None]:
-    """Have Numba make LLVM code alone, as LLVM ends the process over instructions that the host lacks."""
-    context = cpu_target.target_context
-    with global_compiler_lock:
-        context.refresh()  # what Numba itself is made of has to run
-        native = context._internal_codegen
-        context._internal_codegen = _NoNativeCode("deeplock_kernels")
-        try:
-            yield
-        finally:
-            context._internal_codegen = native
 
 
 def emit(module: Any, features: frozenset[str]) -> tuple[bytes, str]:

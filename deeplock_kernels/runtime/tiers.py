@@ -15,7 +15,6 @@ import platform
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -305,8 +304,13 @@ def emit(tier: Tier, name: KernelName) -> tuple[bytes, str]:
     """
     from deeplock_kernels.kernels import house
 
-    with _lock, nullcontext() if tier.supported else house.without_native_code():
-        return house.emit(house.compile_module(build(tier, name)), tier.requires)
+    with _lock:
+        if tier.supported:
+            return house.emit(house.compile_module(build(tier, name)), tier.requires)
+        from deeplock_kernels.kernels import cross
+
+        with cross.without_native_code():
+            return house.emit(house.compile_module(build(tier, name)), tier.requires)
 
 
 def assembly(tier: Tier, name: KernelName) -> str:
