@@ -265,8 +265,8 @@ def test_thread_count_never_matters_to_substitute(tier, small_pieces):
 
 
 def test_thread_count_never_matters_at_the_thresholds_as_they_are(tier, jobs):
-    """Work is cut into pieces from 200 microseconds on, or from 1000 for a single thread."""
-    lengths = [200 * tier.pace + d for d in (0, 1)] + [1000 * tier.pace + d for d in (0, 1)]
+    """Work is cut into pieces from 500 microseconds on, or from 1000 for a single thread."""
+    lengths = [500 * tier.pace + d for d in (0, 1)] + [1000 * tier.pace + d for d in (0, 1)]
     data, keys = painted(max(lengths)), support.make_schedule("counter", 256)
     wanted = support.table_of(BOXES["aes"])[data ^ openssl_stream(data.size)]
     own = np.empty_like(data)
@@ -275,7 +275,7 @@ def test_thread_count_never_matters_at_the_thresholds_as_they_are(tier, jobs):
             own[:length] = data[:length]
             lock(own[:length], keys, threads=threads, out=own[:length])
             assert np.array_equal(own[:length], wanted[:length]), (length, threads)
-            assert bool(jobs) == (length > (1000 if threads == 1 else 200) * tier.pace), (length, threads)
+            assert bool(jobs) == (length > (1000 if threads == 1 else 500) * tier.pace), (length, threads)
             jobs.clear()
 
 

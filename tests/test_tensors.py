@@ -1035,16 +1035,16 @@ def test_a_failure_while_the_calls_are_planned(monkeypatch, schedule):
     tensors = some_tensors()
     header = lock_tensors(tensors, KEY, schedule=schedule)
     names = []
-    planned = {"counter": "_key_iv", "expansion": "stream"}[schedule]
-    plan = getattr(NamedLock, planned)
+    owner, planned = {"counter": (Derivation, "tensor_key_iv"), "expansion": (NamedLock, "stream")}[schedule]
+    plan = getattr(owner, planned)
 
-    def failing(self, header, name):
-        names.append(name)
+    def failing(self, *arguments):
+        names.append(arguments[-1])
         if len(names) == 3:
             raise MemoryError
-        return plan(self, header, name)
+        return plan(self, *arguments)
 
-    monkeypatch.setattr(NamedLock, planned, failing)
+    monkeypatch.setattr(owner, planned, failing)
     refused(MemoryError, None, tensors, lock_tensors, tensors, KEY, schedule=schedule)
     names.clear()
     refused(MemoryError, None, tensors, unlock_tensors, tensors, KEY, header)
@@ -1102,7 +1102,7 @@ def test_the_key_streams_are_wiped_at_the_end():
         schedule, _ = lock.stream(header, "b")
         assert schedule.keystream(16).any()
         lock.calls(header, blocks, Transform(AES, "unlock"), 4096)
-        assert any(lock._list._keys.raw)
+        assert any(lock._list._keys)
     with pytest.raises(KeyWipedError):
         schedule.keystream(16)
-    assert not any(lock._list._keys.raw)
+    assert not any(lock._list._keys)
