@@ -125,7 +125,7 @@ def test_box_takes_as_many_instructions_as_needed(name):
 @each_kernel
 def test_each_block_is_stored_once_and_asked_for_ahead(name):
     code = code_of(name)
-    past_cache = name.operation == "counter_past_cache"
+    past_cache = name.operation.endswith("_past_cache")
     stored = {
         past: sum(
             len(registers(line.operands, "q"))
