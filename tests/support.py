@@ -10,7 +10,7 @@ import random
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from deeplock_kernels import reference
+from deeplock_kernels import locking, reference
 from deeplock_kernels.kernels.signatures import (
     RCON_START,
     RCON_WORDS,
@@ -101,6 +101,7 @@ EVERY_KERNEL = [(tier, name) for tier in tiers.TIERS for name in every_name(tier
 def forget_transforms():
     """Make the package choose pieces and ask for kernels anew."""
     Transform.of.cache_clear()
+    locking._latest.clear()
 
 
 def kernel_id(value):

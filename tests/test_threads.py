@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import support
 from processes import run
 
 import deeplock_kernels as deeplock
@@ -34,9 +35,9 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(transform, "_SMALLEST_JOB", 2)
     monkeypatch.setattr(transform, "_SMALLEST_PIECE", 1)
     monkeypatch.setattr(transform, "_LARGEST_PIECE", 1)
-    transform.Transform.of.cache_clear()
+    support.forget_transforms()
     yield
-    transform.Transform.of.cache_clear()
+    support.forget_transforms()
 
 
 @pytest.fixture(autouse=True)
