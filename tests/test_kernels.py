@@ -568,6 +568,23 @@ def later_stream(bits, nbytes):
     return np.frombuffer(reference.expansion_keystream(state, nbytes), np.uint8)
 
 
+@pytest.mark.parametrize("start", [0, 2**64 - 9, 2**128 - 9], ids=["zero", "carry", "wrap"])
+def test_long_ranges_at_every_alignment(tier, start):
+    """The first step of a long range is cut so that the next one is aligned: it may begin before the key stream does."""
+    iv = start.to_bytes(16, "big")
+    length = 4096 + 700
+    stream = np.frombuffer(support.openssl_key_stream(KEYS[192], iv, length + 500, 0), np.uint8)
+    keys, plain = CounterSchedule(KEYS[192], iv), painted(length)
+    memory = support.aligned(length + 256)
+    for alignment in range(256):
+        for offset in (0, alignment % 16, 16 + alignment % 240, 500):
+            part = memory[alignment : alignment + length]
+            part[:] = plain
+            lock(part, keys, out=part, offset=offset)
+            wanted = support.expected("lock", plain, stream[offset : offset + length], BOXES["aes"])
+            assert np.array_equal(part, wanted), (alignment, offset)
+
+
 @pytest.fixture
 def chained(monkeypatch):
     """Count the segments that chain kernels run through."""
