@@ -13,5 +13,5 @@ FORMS = {
     "identity": boxes.IDENTITY,
     "aes": boxes.without_parameters(aes_substitute),
     "aes_inverse": boxes.without_parameters(aes_substitute_inverse),
-    "table": boxes.table_by_rows(x86.lookup_rows),
+    "table": boxes.TABLE_BY_ROWS,
 }

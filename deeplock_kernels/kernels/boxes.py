@@ -79,6 +79,17 @@ def _apply_quarters(x, box):
     return select_negative(x, high, low)
 
 
+@inlined
+def _load_rows(address):
+    return x86.load_row_differences(address)
+
+
+@inlined
+def _apply_rows(x, rows):
+    return x86.lookup_rows(x, rows)
+
+
+TABLE_BY_ROWS = (_load_rows, _apply_rows)
 TABLE_BY_PERMUTE = (_load_quarters, _apply_quarters)
 
 

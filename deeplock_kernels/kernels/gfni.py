@@ -13,5 +13,5 @@ FORMS = {
     "aes": boxes.without_parameters(x86.galois_sub_bytes(256)),
     "aes_inverse": boxes.without_parameters(x86.aes_substitutions(256)[1]),
     "affine": boxes.galois(256),
-    "table": boxes.table_by_rows(x86.lookup_rows),
+    "table": boxes.TABLE_BY_ROWS,
 }

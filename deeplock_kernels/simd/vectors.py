@@ -39,6 +39,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 u8x16 = Vector(16)
+u8x32 = Vector(32)
 u8x64 = Vector(64)
 
 

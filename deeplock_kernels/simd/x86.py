@@ -27,6 +27,8 @@ from deeplock_kernels.simd.vectors import (
     pointer,
     quad,
     split,
+    types,
+    u8x32,
 )
 
 
@@ -153,32 +155,54 @@ def aes_substitutions(width: int) -> tuple[Any, Any]:
     return substitution("aesenclast", INVERSE_SHIFT_ROWS), substitution("aesdeclast", SHIFT_ROWS)
 
 
-@intrinsic
-def lookup_rows(typingctx, x, table):
-    """Look up each byte in the 256 bytes at an address by 16 shuffles (VPSHUFB).
+_ROW_BYTES = INSTRUCTIONS["pshufb_256"].nbytes
 
-    Row r holds the bytes 16 r to 16 r + 15. With its high half XORed with r, an index is below 16 in its own row alone;
-    adding 0x70 with saturation then sets the top bit, for which VPSHUFB gives zero, in every other row.
+
+@intrinsic
+def load_row_differences(typingctx, address):
+    """Load a table of 256 bytes as rows of 16: in each half of it, each row XORed with the one before.
+
+    Each is repeated over its register.
+    """
+    rows = types.UniTuple(u8x32, 16)
+
+    def generate(_context, builder, _signature, values):
+        row = ir.VectorType(byte, 16)
+        loaded = [
+            builder.load(pointer(builder, builder.add(values[0], quad(16 * r)), row), align=1) for r in range(16)
+        ]
+        found = [loaded[r] if r % 8 == 0 else builder.xor(loaded[r], loaded[r - 1]) for r in range(16)]
+        repeated = [permute(builder, row, row, [i % 16 for i in range(_ROW_BYTES)]) for row in found]
+        return cgutils.pack_array(builder, repeated)
+
+    return rows(address), generate
+
+
+@intrinsic
+def lookup_rows(typingctx, x, differences):
+    """Look up each byte in a table by 16 shuffles (VPSHUFB), which give zero where the top bit of an index is set.
+
+    In a half of the table an index goes down by 16 from row to row, until it is below zero and stays there: the XOR of
+    what the rows gave until then is the entry. The other half's indices are negative from the start.
     """
 
     def generate(_context, builder, _signature, values):
-        x, table = values
-        nbytes = INSTRUCTIONS["pshufb_256"].nbytes
-        kind = ir.VectorType(byte, nbytes)
-        add = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(kind, [kind, kind]), f"llvm.uadd.sat.v{nbytes}i8"
+        rows = [builder.extract_value(values[1], r) for r in range(16)]
+        kind = ir.VectorType(byte, _ROW_BYTES)
+        subtract = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind, kind]), f"llvm.ssub.sat.v{_ROW_BYTES}i8"
         )
-        parts = split(builder, x, nbytes)
-        found = [constant([0], nbytes)] * len(parts)
+        parts = split(builder, values[0], _ROW_BYTES)
+        found = [constant([0], _ROW_BYTES)] * len(parts)
         for r in range(16):
-            place = pointer(builder, builder.add(table, quad(16 * r)), ir.VectorType(byte, 16))
-            half = builder.load(place, align=1)
-            row = permute(builder, half, half, [i % 16 for i in range(nbytes)])
-            for i, part in enumerate(parts):
-                index = builder.call(
-                    add, [builder.xor(part, constant([16 * r], nbytes)), constant([0x70], nbytes)]
-                )
-                found[i] = builder.or_(found[i], call(builder, "pshufb_256", (row, index)))
+            if r == 0:
+                indices = parts
+            elif r == 8:
+                indices = [builder.xor(part, constant([0x80], _ROW_BYTES)) for part in parts]
+            else:
+                indices = [builder.call(subtract, [index, constant([16], _ROW_BYTES)]) for index in indices]
+            entries = [call(builder, "pshufb_256", (rows[r], index)) for index in indices]
+            found = [builder.xor(total, entry) for total, entry in zip(found, entries, strict=True)]
         return join(builder, found)
 
-    return x(x, table), generate
+    return x(x, differences), generate
