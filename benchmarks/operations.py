@@ -155,6 +155,16 @@ def copy(threads: int) -> Prepare:
     return prepare
 
 
+def best_copy(threads: int) -> Prepare:
+    """Give the copy to other memory that does not read the target's cache lines first."""
+
+    def prepare(spot: Spot) -> Work:
+        with use_tier(None):
+            return measure.limits(spot.data, spot.out, threads)[measure.BEST_COPY]
+
+    return prepare
+
+
 # ------------------------------------------------------------------------------
 # Named tensors
 

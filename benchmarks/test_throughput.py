@@ -11,7 +11,7 @@ from benchmarks import operations
 from benchmarks.models import Model
 from benchmarks.operations import LOCK, Operation
 from benchmarks.peers import Peer
-from benchmarks.rounds import LIMIT, Rounds, Settings
+from benchmarks.rounds import LIMIT, Prepare, Rounds, Settings
 from deeplock_kernels.runtime.tiers import Tier
 
 NeedMemory = Callable[[int], None]
@@ -64,15 +64,29 @@ def test_tensors(
     )
 
 
-def test_copy(rounds: Rounds, need_memory: NeedMemory, threads: int, model: Model) -> None:
+@pytest.mark.parametrize(
+    ("copy", "name"),
+    [
+        pytest.param(operations.copy, "memcpy by the same pool", id="memcpy"),
+        pytest.param(operations.best_copy, "copy past the caches by the same pool", id="past_caches"),
+    ],
+)
+def test_copy(
+    rounds: Rounds,
+    need_memory: NeedMemory,
+    threads: int,
+    model: Model,
+    copy: Callable[[int], Prepare],
+    name: str,
+) -> None:
     need_memory(2 * model.nbytes)
     rounds.measure(
         "peers",
-        operations.copy(threads),
+        copy(threads),
         {LIMIT: operations.limit(threads)},
         model.nbytes,
         model=model.name,
-        operation="memcpy by the same pool",
+        operation=name,
         threads=threads,
     )
 

@@ -263,6 +263,11 @@ def test_limit_and_copy_go_over_all_of_the_data(nbytes):
     assert (spot.data == before ^ 0x5A).all()
     operations.copy(2)(spot)()
     assert (spot.out == spot.data).all()
+    spot.out[:] = 0
+    operations.best_copy(2)(spot)()  # in each piece it starts where the target is aligned and stops 64 bytes early
+    assert (spot.out == 0).sum() < 0.02 * nbytes
+    aligned = -spot.out.ctypes.data % 64
+    assert (spot.out[aligned : aligned + 4000] == spot.data[:4000]).all()
 
 
 def test_pieces_for_each_thread_lock_the_same(spot):
