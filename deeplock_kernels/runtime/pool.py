@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import starmap
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from deeplock_kernels.errors import ParameterError
+
+_Result = TypeVar("_Result")
 
 
 class Call(NamedTuple):
@@ -66,10 +68,7 @@ class _Job:
         try:
             _summon(self, self._helpers)
             self._work()
-            with self._state:
-                self._closed = True
-                while self._inside:
-                    self._state.wait()
+            holding(self._state, self._close)
         except BaseException as error:
             self.error = self.error or error
         self.verdicts.append(self.error is None)
@@ -77,6 +76,11 @@ class _Job:
             self.revert()
         self.complete = True
         self.events.put(None)
+
+    def _close(self) -> None:
+        self._closed = True
+        while self._inside:
+            self._state.wait()
 
     def revert(self) -> None:
         """Undo what was done."""
@@ -148,6 +152,21 @@ class _Job:
                 return
 
 
+def holding(lock: Any, work: Callable[[], _Result]) -> _Result:
+    """Work while holding a lock, which is let go of whatever exception comes, and whenever it comes.
+
+    A `with` statement does not promise that: from Python 3.14 on, Ctrl-C can come when the lock is taken and the
+    block is not entered yet.
+    """
+    held: list[bool] = []
+    try:
+        held.extend(starmap(lock.acquire, ((),)))  # one step for the interpreter
+        return work()
+    finally:
+        if held:
+            lock.release()
+
+
 def _is_first(entries: list[object]) -> bool:
     entry = object()
     entries.append(entry)
@@ -201,23 +220,29 @@ _chosen: int | None = None
 
 def _summon(job: _Job, count: int) -> None:
     """Ask `count` threads of the pool to help with a job."""
+
+    def ask() -> None:
+        if not _forking and not sys.is_finalizing():
+            _helpers.grow(count)
+            for _ in _helpers.known[:count]:
+                _helpers.queue.put(job.help)
+
     if count:
-        with _lock:
-            if not _forking and not sys.is_finalizing():
-                _helpers.grow(count)
-                for _ in _helpers.known[:count]:
-                    _helpers.queue.put(job.help)
+        holding(_lock, ask)
 
 
 def _send(work: Callable[[], None]) -> bool:
     """Give work to the thread that does it for the main thread, if there is one."""
-    with _lock:
+
+    def give() -> bool:
         if _forking or sys.is_finalizing():
             return False
         _leader.grow(1)
         if _leader.known:
             _leader.queue.put(work)
         return bool(_leader.known)
+
+    return holding(_lock, give)
 
 
 def run(calls: Sequence[Call], threads: int, undo: Undo | None = None) -> None:

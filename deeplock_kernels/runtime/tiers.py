@@ -215,13 +215,16 @@ def kernel(tier: Tier, name: KernelName) -> Kernel:
     found = _kernels.get((tier.name, name))
     if found is not None:
         return found
-    with _lock:
+
+    def load() -> Kernel:
         found = _kernels.get((tier.name, name))
         if found is None:
             found = _load(tier, name)
             selftest.check(tier.name, name, found)
             _kernels[tier.name, name] = found
         return found
+
+    return pool.holding(_lock, load)
 
 
 def warmup(tier: str | None = None, progress: Callable[[int], object] | None = None) -> int:

@@ -122,22 +122,23 @@ class ExpansionSchedule(Schedule):
     def _reach(self, segment: int) -> None:
         """Save the states up to the start of a segment."""
         while self._known <= segment:
-            with self._lock:
-                self.ready()
-                first = self._known - 1
-                count = min(
-                    _SEGMENTS_PER_RUN, segment - first, _SEGMENTS_PER_BLOCK - first % _SEGMENTS_PER_BLOCK
-                )
-                if count <= 0:
-                    return
-                chain = tiers.kernel(tiers.active_tier(), KernelName("expansion_chain", self.bits))
-                chain(RECORDS["expansion_chain"].pack(self._state(first), count, RCON_ADDRESS))
-                after = first + count
-                if after % _SEGMENTS_PER_BLOCK == 0:
-                    self._allocate(after)
-                    behind = self._state(first) + count * self._state_bytes
-                    ctypes.memmove(self._state(after), behind, self._state_bytes)
-                self._known = after + 1
+            pool.holding(self._lock, partial(self._run_chain, segment))
+
+    def _run_chain(self, segment: int) -> None:
+        """Save some more states on the way to the start of a segment."""
+        self.ready()
+        first = self._known - 1
+        count = min(_SEGMENTS_PER_RUN, segment - first, _SEGMENTS_PER_BLOCK - first % _SEGMENTS_PER_BLOCK)
+        if count <= 0:
+            return
+        chain = tiers.kernel(tiers.active_tier(), KernelName("expansion_chain", self.bits))
+        chain(RECORDS["expansion_chain"].pack(self._state(first), count, RCON_ADDRESS))
+        after = first + count
+        if after % _SEGMENTS_PER_BLOCK == 0:
+            self._allocate(after)
+            behind = self._state(first) + count * self._state_bytes
+            ctypes.memmove(self._state(after), behind, self._state_bytes)
+        self._known = after + 1
 
     def calls(
         self, transform: Transform, target: int, source: int, nbytes: int, offset: int, piece: int
@@ -145,8 +146,7 @@ class ExpansionSchedule(Schedule):
         """Plan the kernel calls; see `Schedule.calls`."""
         self.ready()
         self._reach(offset // self._segment)
-        with self._lock:
-            self._allocate((offset + nbytes) // self._segment)
+        pool.holding(self._lock, partial(self._allocate, (offset + nbytes) // self._segment))
         group = SEGMENTS_PER_GROUP * self._segment
         calls = []
         done = 0
