@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -818,6 +819,42 @@ def test_what_is_no_number_of_threads(value):
         assert isinstance(caught.value, ValueError)
     np.testing.assert_array_equal(data, painted(100))
     assert deeplock.get_num_threads() == len(HALF)
+
+
+HOLDING = """
+import signal, threading
+from deeplock_kernels.runtime import pool
+
+class Alarm(Exception):
+    pass
+
+def ring(*arguments):
+    raise Alarm
+
+def use(lock):
+    while True:
+        assert pool.holding(lock, lambda: 5) == 5
+
+signal.signal(signal.SIGALRM, ring)
+for make in (threading.Lock, threading.RLock, threading.Condition):
+    lock, came = make(), 0
+    while came < 1000:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 + came % 50 * 1e-6)
+            use(lock)
+        except Alarm:
+            came += 1
+        taken = []
+        other = threading.Thread(target=lambda: taken.append(lock.acquire(blocking=False) and not lock.release()))
+        other.start()
+        other.join()
+        assert taken == [True], (make, came)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
+def test_no_exception_leaves_a_lock_held():
+    run(HOLDING)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "True", "1.5", " ", "2,3", "0x2", "9" * 5000])
