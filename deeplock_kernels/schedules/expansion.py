@@ -75,7 +75,8 @@ class ExpansionSchedule(Schedule):
     Zero biases and normalization weights of exactly 1.0 are known plaintext in almost every model. Use it to
     reproduce or study the paper; protect real models with CounterSchedule.
 
-    Nor does it mix the key well: with one bit of the key changed, about 44 % of the key stream stays as it was.
+    Nor does it mix the key well: with one bit of the key changed, up to 44 % of the key stream stays as it was, by the
+    word of the key in which that bit lies.
 
     The expansion is sequential. The schedule saves its state every 4,080 rounds (63.75 KiB of key stream for a 128-bit
     key, 16 bytes each), so the chain up to the furthest offset is paid for once, whichever threads ask, and Ctrl-C can
