@@ -308,7 +308,10 @@ def test_the_quick_suite_measures_everything_with_every_installed_peer(document)
     ):
         assert set(results.distinct(section, detail)) == expected, section
     installed = {found.name for found in peers.PEERS if found.version is not None}
-    assert set(results.distinct("peers", "operation")) == installed | {"memcpy by the same pool"}
+    assert set(results.distinct("peers", "operation")) == installed | {
+        "memcpy by the same pool",
+        "copy past the caches by the same pool",
+    }
     for entry in (*results.select("operations"), *results.select("peers")):
         assert "limit" in entry.references
     assert {entry["model"] for entry in results.select("peers", operation="NumPy S[x ^ k]")} == models
