@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS, RECORDS, KernelName, segment_bytes
-from deeplock_kernels.locking import lock, unlock
+from deeplock_kernels.locking import lock, substitute, unlock
 from deeplock_kernels.runtime.pool import Call, run
 from deeplock_kernels.runtime.tiers import active_tier, kernel
+from deeplock_kernels.sboxes import AES
 from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule
 from deeplock_kernels.transform import IDENTITY, Transform
 
@@ -145,6 +146,7 @@ def locks(data: Any, copy: Any, threads: int) -> dict[str, Work]:
             data, counter_128, sbox="kuznyechik", out=data, threads=threads
         ),
         "lock into other memory, counter 128, aes": lambda: lock(data, counter_128, out=copy, threads=threads),
+        "substitute, aes": lambda: substitute(data, AES, out=data, threads=threads),
         "expansion 128, its bare chain": bare_chain,
         "lock, expansion 128, first pass": first_pass,
         "lock, expansion 128, indexed": lambda: lock(data, indexed, out=data, threads=threads),
@@ -153,10 +155,15 @@ def locks(data: Any, copy: Any, threads: int) -> dict[str, Work]:
 
 def peers(data: Any) -> dict[str, Work]:
     """Give what users could call in place of this package, as far as it is installed: one thread, as it comes."""
+    table, stream = np.frombuffer(AES.table, np.uint8), data[::-1].copy()
+    found: dict[str, Work] = {
+        "NumPy S[x]": lambda: table[data],
+        "NumPy S[x ^ k], k given": lambda: table[data ^ stream],
+    }
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
     except ImportError:
-        return {}
+        return found
 
     def encrypt() -> None:
         encryptor = Cipher(algorithms.AES(bytes(range(16))), modes.CTR(bytes(16))).encryptor()
@@ -165,7 +172,7 @@ def peers(data: Any) -> dict[str, Work]:
         for i in range(0, len(view), step):
             encryptor.update_into(view[i : i + step], view[i : i + step])
 
-    return {"cryptography AES-128-CTR, update_into": encrypt}
+    return found | {"cryptography AES-128-CTR, update_into": encrypt}
 
 
 def environment(threads: int) -> str:

@@ -7,10 +7,12 @@ import functools
 import mmap
 import random
 
+import ml_dtypes
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from deeplock_kernels import locking, reference
+from deeplock_kernels import errors, locking, reference
 from deeplock_kernels.kernels.signatures import (
     RCON_START,
     RCON_WORDS,
@@ -112,6 +114,24 @@ def with_integers(tier, name):
     """Give a kernel as a function of integers."""
     kernel, pack = tiers.kernel(tier, name), RECORDS[name.operation].pack
     return lambda *arguments: kernel(pack(*arguments))
+
+
+# Those that the safetensors library writes.
+SAFETENSORS_DTYPES = [
+    np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32,
+    np.uint16, np.uint8, np.bool_, np.complex64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
+    ml_dtypes.float8_e5m2,
+]  # fmt: skip
+
+
+def refuse(kind, builtin, start, operation, *arguments, **keywords):
+    """Check that an operation raises exactly `kind`, which is a `builtin`, with a message that starts so; give it."""
+    with pytest.raises(errors.DeepLockError) as caught:
+        operation(*arguments, **keywords)
+    assert type(caught.value) is kind
+    assert isinstance(caught.value, builtin)
+    assert str(caught.value).startswith(start), str(caught.value)
+    return caught.value
 
 
 class RawKernel:

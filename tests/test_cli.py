@@ -593,7 +593,7 @@ def test_bench(run):
         "copy (memcpy)", "lock, counter 128, aes", "unlock, counter 128, aes", "lock, counter 256, aes",
         "lock, counter 128, kuznyechik", "lock, expansion 128, first pass", "lock, expansion 128, indexed",
         "copy past the caches", "lock into other memory, counter 128, aes",
-        "cryptography AES-128-CTR, update_into",
+        "cryptography AES-128-CTR, update_into", "substitute, aes", "NumPy S[x]", "NumPy S[x ^ k], k given",
     }  # fmt: skip
     last = re.fullmatch(
         r" {2}process start to first locked MiB +(\d+\.\d\d) s +\[ *(\d+\.\d\d) to +(\d+\.\d\d)\] .*",

@@ -12,13 +12,13 @@ import os
 import re
 import tracemalloc
 
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import SAFETENSORS_DTYPES
 
 from deeplock_kernels.checkpoints import container
 from deeplock_kernels.checkpoints.container import (
@@ -121,14 +121,9 @@ def test_the_size_of_a_dtype_is_the_library_s(dtype):
 
 
 def test_files_that_the_library_writes(tmp_path):
-    dtypes = [
-        np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32,
-        np.uint16, np.uint8, np.bool_, np.complex64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
-        ml_dtypes.float8_e5m2,
-    ]  # fmt: skip
     rng = np.random.default_rng(1)
     tensors = {
-        f"layer.{i}.重み": rng.integers(0, 2, (2, i)).astype(dtype) for i, dtype in enumerate(dtypes, start=1)
+        f"layer.{i}.重み": rng.integers(0, 2, (2, i)).astype(dtype) for i, dtype in enumerate(SAFETENSORS_DTYPES, start=1)
     }
     tensors |= {
         "scalar": np.array(7.0),

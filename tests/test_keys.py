@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import refuse
 
 import deeplock_kernels as deeplock
 from deeplock_kernels import errors, reference
@@ -29,16 +30,6 @@ each_length = pytest.mark.parametrize("bits", SECRETS)
 
 def master(bits=256) -> MasterKey:
     return MasterKey.from_bytes(SECRETS[bits])
-
-
-def refuse(kind, builtin, start, operation, *arguments, **keywords):
-    """Check that an operation raises exactly `kind`, which is a `builtin`, with a message that starts so."""
-    with pytest.raises(errors.DeepLockError) as caught:
-        operation(*arguments, **keywords)
-    assert type(caught.value) is kind
-    assert isinstance(caught.value, builtin)
-    assert str(caught.value).startswith(start), str(caught.value)
-    return caught.value
 
 
 # Made

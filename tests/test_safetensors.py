@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BITS, BOXES, KEYS, SCHEDULES, painted
+from support import BITS, BOXES, KEYS, SAFETENSORS_DTYPES, SCHEDULES, painted
 
 from deeplock_kernels.checkpoints import safetensors as checkpoints
 from deeplock_kernels.checkpoints.safetensors import lock_file, read_header, unlock_file
@@ -54,14 +54,9 @@ def raw_file(table: str, data: bytes = b"") -> bytes:
 
 
 def of_all_dtypes():
-    dtypes = [
-        np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32,
-        np.uint16, np.uint8, np.bool_, np.complex64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
-        ml_dtypes.float8_e5m2,
-    ]  # fmt: skip
     rng = np.random.default_rng(1)
     tensors = {
-        f"layer.{i}": rng.integers(0, 2, (2, 9 * i)).astype(dtype) for i, dtype in enumerate(dtypes, start=1)
+        f"layer.{i}": rng.integers(0, 2, (2, 9 * i)).astype(dtype) for i, dtype in enumerate(SAFETENSORS_DTYPES, start=1)
     }
     return safetensors.numpy.save(tensors | {"scalar": np.array(7.0)}, metadata={"format": "np"})
 
