@@ -122,6 +122,34 @@ def test_use_tier_refuses_unknown_names_and_changes_nothing(tier, name):
     assert active_tier() is tier
 
 
+def test_small_arrays_too_follow_a_change_of_tier(monkeypatch):
+    """What is kept from the last small array must not outlive its tier."""
+    used, of = [], transform.Transform.of
+    support.forget_transforms()
+    monkeypatch.setattr(transform.Transform, "of", lambda box, direction, tier: used.append(tier) or of(box, direction, tier))
+    keys, data = support.make_schedule("counter", 128), painted(10)
+    supported = [tier for tier in tiers.TIERS if tier.supported]
+    for tier in [*supported, *reversed(supported)]:
+        with use_tier(tier.name):
+            lock(data, keys, out=data)
+            assert used[-1] is tier
+
+
+def test_what_undoes_a_small_lock_is_there_before_it(tier, monkeypatch):
+    asked, original = [], transform.kernel
+
+    def kernel(chosen, name):
+        asked.append(name.direction)
+        return original(chosen, name)
+
+    monkeypatch.setattr(transform, "kernel", kernel)
+    support.forget_transforms()
+    data = painted(10)
+    lock(data, support.make_schedule("counter", 128), sbox="kuznyechik", out=data)
+    assert asked == ["lock", "unlock"]
+    support.forget_transforms()
+
+
 def test_the_tier_in_use_does_the_work(tier, monkeypatch):
     asked = set()
     original = tiers.kernel
