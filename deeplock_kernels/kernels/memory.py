@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.core import types as numba_types
 from numba.extending import intrinsic, overload
 
-from deeplock_kernels.kernels.signatures import RECORD_BYTES
+from deeplock_kernels.kernels.signatures import RECORD_BYTES, SEALED_RECORD_BYTES
 
 types: Any = numba_types
 
@@ -144,3 +144,18 @@ def make_counter_list(counter: Any) -> Any:
             counter(target, source, nbytes, offset, read_quad(record + 32), rcon, box)
 
     return counter_list
+
+
+def make_sealed_list(sealed: Any) -> Any:
+    """Make the kernel that runs a sealing kernel on each of a list of records, with whatever follows the list."""
+
+    def sealed_list(records, count, *common):
+        for i in range(count):
+            record = records + SEALED_RECORD_BYTES * i
+            target, source = read_quad(record), read_quad(record + 8)
+            nbytes, offset = read_quad(record + 16), read_quad(record + 24)
+            key, seal_keys = read_quad(record + 32), read_quad(record + 40)
+            total, tag = read_quad(record + 48), read_quad(record + 56)
+            sealed(target, source, nbytes, offset, key, seal_keys, total, tag, *common)
+
+    return sealed_list

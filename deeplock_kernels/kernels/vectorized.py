@@ -16,7 +16,8 @@ from typing import Any
 
 from deeplock_kernels.kernels.chains import BARE_CHAINS, CHAINS, round_keys
 from deeplock_kernels.kernels.house import inlined
-from deeplock_kernels.kernels.memory import make_counter_list
+from deeplock_kernels.kernels.memory import make_counter_list, make_sealed_list
+from deeplock_kernels.kernels.seals import NO_SEAL, Seal, make_publish, make_seal, make_seal_keys, make_seal_list
 from deeplock_kernels.kernels.signatures import (
     RCON_PERIOD,
     SEGMENT_ROUNDS,
@@ -24,6 +25,7 @@ from deeplock_kernels.kernels.signatures import (
     KernelName,
     segment_bytes,
 )
+from deeplock_kernels.simd.ghash import STEP
 from deeplock_kernels.simd.vectors import (
     concatenate,
     copy,
@@ -56,18 +58,22 @@ def next_doubling(doubling, rounds):
 
 
 def _put(tier: Any, name: KernelName, store: Any = store) -> Any:
-    """Make the function that locks or unlocks 64 bytes with 64 bytes of key stream."""
+    """Make the function that locks or unlocks 64 bytes with 64 bytes of key stream, and gives the locked ones."""
     _, apply = tier.FORMS[name.form]
 
     @inlined
     def lock(target, source, stream, box):
         prefetch(source + AHEAD)
-        store(target, apply(load(u8x64, source) ^ stream, box))
+        locked = apply(load(u8x64, source) ^ stream, box)
+        store(target, locked)
+        return locked
 
     @inlined
     def unlock(target, source, stream, box):
         prefetch(source + AHEAD)
-        store(target, apply(load(u8x64, source), box) ^ stream)
+        locked = load(u8x64, source)
+        store(target, apply(locked, box) ^ stream)
+        return locked
 
     return {"lock": lock, "unlock": unlock}[name.direction]
 
@@ -83,19 +89,25 @@ def _encrypt(tier: Any) -> Any:
     return encrypt
 
 
-def _counter(tier: Any, name: KernelName) -> Any:
+def _counter_loop(tier: Any, name: KernelName, seal: Seal) -> Any:
+    """Make the loop of the counter schedule, which seals what it locks, or checks what it unlocks, as it goes by."""
     put, encrypt = _put(tier, name), _encrypt(tier)
     first, second, third, fourth = tier.aes_stages
     load_box = tier.FORMS[name.form][0]
     expand = round_keys(name.bits, tier.aes_last_round)
     key_bytes = name.bits // 8
-    scratch = make_scratch(256)
+    scratch = make_scratch(STEP)
+    begin, (absorb, absorb_second, absorb_third), end = seal.begin, seal.absorb, seal.end
+    start_seal, absorb_part, finish = seal.start, seal.absorb_part, seal.finish
+    unlocks = name.direction == "unlock"
 
-    def counter(target, source, nbytes, offset, key, rcon, box_address):
+    @inlined
+    def loop(target, source, nbytes, offset, key, rcon, box_address, seal_keys):
         keys = expand(key, rcon)
         box = load_box(box_address)
         start = key + key_bytes
         part = scratch()
+        state = start_seal()
         skip = offset & 15
         if nbytes >= LONG:
             skip |= target & 240  # the first step is cut so that the others lie on boundaries of 256 bytes
@@ -105,31 +117,46 @@ def _counter(tier: Any, name: KernelName) -> Any:
             if skip == 0:
                 for _ in range(nbytes >> 8):
                     block += 16
+                    sums = begin(state, seal_keys)
                     following = first(counter_blocks(start, block), keys)
-                    put(target, source, stream[0], box)
+                    sums = absorb(sums, put(target, source, stream[0], box), seal_keys)
                     following = second(following, keys)
-                    put(target + 64, source + 64, stream[1], box)
+                    sums = absorb_second(sums, put(target + 64, source + 64, stream[1], box), seal_keys)
                     following = third(following, keys)
-                    put(target + 128, source + 128, stream[2], box)
+                    sums = absorb_third(sums, put(target + 128, source + 128, stream[2], box), seal_keys)
                     following = fourth(following, keys)
-                    put(target + 192, source + 192, stream[3], box)
+                    state = end(sums, put(target + 192, source + 192, stream[3], box), seal_keys)
                     stream = following
-                    target += 256
-                    source += 256
-                nbytes &= 255
-            taken = min(256 - skip, nbytes)
+                    target += STEP
+                    source += STEP
+                nbytes &= STEP - 1
+            taken = min(STEP - skip, nbytes)
             if taken > 0:
                 copy(part + skip, source, taken)
+                if unlocks:
+                    state = absorb_part(state, part, skip, taken, nbytes, seal_keys)
                 put(part, part, stream[0], box)
                 put(part + 64, part + 64, stream[1], box)
                 put(part + 128, part + 128, stream[2], box)
                 put(part + 192, part + 192, stream[3], box)
+                if not unlocks:
+                    state = absorb_part(state, part, skip, taken, nbytes, seal_keys)
                 copy(target, part + skip, taken)
             skip = 0
             block += 16
             target += taken
             source += taken
             nbytes -= taken
+        return finish(state, seal_keys)
+
+    return loop
+
+
+def _counter(tier: Any, name: KernelName) -> Any:
+    loop = _counter_loop(tier, name, NO_SEAL)
+
+    def counter(target, source, nbytes, offset, key, rcon, box):
+        loop(target, source, nbytes, offset, key, rcon, box, 0)
 
     return counter
 
@@ -159,6 +186,24 @@ def _counter_past_cache(tier: Any, name: KernelName) -> Any:
 
 def _counter_list(tier: Any, name: KernelName) -> Any:
     return make_counter_list(inlined(_counter(tier, name)))
+
+
+def _counter_sealed(tier: Any, name: KernelName) -> Any:
+    loop, publish = _counter_loop(tier, name, make_seal(tier)), make_publish(tier)
+
+    @inlined
+    def counter_sealed(target, source, nbytes, offset, key, seal_keys, total, tag, rcon, box):
+        publish(loop(target, source, nbytes, offset, key, rcon, box, seal_keys), nbytes, offset, seal_keys, total, tag)
+
+    return make_sealed_list(counter_sealed)
+
+
+def _seal(tier: Any, _name: KernelName) -> Any:
+    return make_seal_list(tier)
+
+
+def _seal_keys(tier: Any, _name: KernelName) -> Any:
+    return make_seal_keys(tier, _encrypt(tier))
 
 
 def _expansion(tier: Any, name: KernelName) -> Any:
@@ -310,6 +355,9 @@ _BUILDERS = {
     "counter": _counter,
     "counter_list": _counter_list,
     "counter_past_cache": _counter_past_cache,
+    "counter_sealed": _counter_sealed,
+    "seal": _seal,
+    "seal_keys": _seal_keys,
     "expansion": _expansion,
     "expansion_chain": _expansion_chain,
     "expansion_indexed": _expansion_indexed,
