@@ -17,7 +17,14 @@ from typing import Any
 from deeplock_kernels.kernels.chains import BARE_CHAINS, CHAINS, round_keys
 from deeplock_kernels.kernels.house import inlined
 from deeplock_kernels.kernels.memory import make_counter_list, make_sealed_list
-from deeplock_kernels.kernels.seals import NO_SEAL, Seal, make_publish, make_seal, make_seal_keys, make_seal_list
+from deeplock_kernels.kernels.seals import (
+    NO_SEAL,
+    Seal,
+    make_publish,
+    make_seal,
+    make_seal_keys,
+    make_seal_list,
+)
 from deeplock_kernels.kernels.signatures import (
     RCON_PERIOD,
     SEGMENT_ROUNDS,

@@ -25,7 +25,6 @@ from deeplock_kernels.simd.vectors import (
     byte,
     constant,
     in_blocks,
-    join,
     permute,
     pointer,
     quad,
@@ -128,7 +127,7 @@ def make_hash(nbytes: int, product: Callable[..., Any]) -> Hash:
         return value
 
     def unpack(builder: Any, sums: Any) -> Sums:
-        return tuple(builder.extract_value(sums, i) for i in range(3))  # type: ignore[return-value]
+        return tuple(builder.extract_value(sums, i) for i in range(3))
 
     kind = types.UniTuple(register, 3)
 
@@ -180,13 +179,13 @@ def make_hash(nbytes: int, product: Callable[..., Any]) -> Hash:
     def last_step(typingctx, address, powers):
         def generate(_context, builder, _signature, values):
             address, powers = values
-            sums = None
+            zero = constant([0], nbytes)
+            sums: Sums = zero, zero, zero
             for exponent in range(POWERS, 0, -lanes):
                 place = builder.add(address, quad(BLOCK * (POWERS - exponent)))
                 part = builder.load(pointer(builder, place, ir.VectorType(byte, nbytes)), align=1)
                 part = in_blocks(builder, part, _REVERSED)
-                added = products(builder, part, load_power(builder, powers, exponent, nbytes))
-                sums = added if sums is None else plus(builder, sums, added)
+                sums = plus(builder, sums, products(builder, part, load_power(builder, powers, exponent, nbytes)))
             return together(builder, reduce(builder, sums))
 
         return u8x16(address, powers), generate
