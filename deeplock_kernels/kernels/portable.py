@@ -504,6 +504,17 @@ def _xor(_name: KernelName) -> Any:
     return xor
 
 
+def _xor_sum(_name: KernelName) -> Any:
+    def xor_sum(target, source, nbytes):
+        for place in range(0, 64, 8):
+            total = 0
+            for i in range(place, nbytes - 63 + place, 64):
+                total ^= read_quad(source + i)
+            write_quad(target + place, total)
+
+    return xor_sum
+
+
 def _copy(_name: KernelName) -> Any:
     def copy(target, source, nbytes):
         for i in range(0, nbytes - 7, 8):
@@ -525,4 +536,5 @@ _BUILDERS = {
     "substitute": _substitute,
     "copy_past_cache": _copy,
     "xor": _xor,
+    "xor_sum": _xor_sum,
 }

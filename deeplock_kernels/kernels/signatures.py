@@ -17,6 +17,7 @@ record, `RECORDS[operation].pack(...)`, because ctypes charges for each argument
 | substitute         | target, source, nbytes, box                                                        |
 | copy_past_cache    | target, source, nbytes                                                             |
 | xor                | target, nbytes, value                                                              |
+| xor_sum            | target, source, nbytes                                                             |
 
 `target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream. `key`
 points to the AES key and, right behind it, the 16 bytes of the counter's start. A record is five integers: target,
@@ -52,6 +53,7 @@ ARITY = {
     "substitute": 4,
     "copy_past_cache": 3,
     "xor": 3,
+    "xor_sum": 3,
 }
 
 RECORDS = {operation: Struct(f"{count}q") for operation, count in ARITY.items()}
@@ -108,7 +110,7 @@ _DIRECTIONS = {"aes": ("lock",), "aes_inverse": ("unlock",)}
 
 def every_name(forms: tuple[str, ...]) -> list[KernelName]:
     """List the kernels that a tier with these S-Box forms uses for the named S-Boxes."""
-    names = [KernelName(operation) for operation in ("xor", "copy_past_cache", "seal", "seal_keys")]
+    names = [KernelName(operation) for operation in ("xor", "xor_sum", "copy_past_cache", "seal", "seal_keys")]
     names += [KernelName("expansion_chain", bits) for bits in (128, 192, 256)]
     for form in forms:
         names.append(KernelName("substitute", form=form))

@@ -104,7 +104,7 @@ def _counter_loop(tier: Any, name: KernelName, seal: Seal) -> Any:
     expand = round_keys(name.bits, tier.aes_last_round)
     key_bytes = name.bits // 8
     scratch = make_scratch(STEP)
-    begin, (absorb, absorb_second, absorb_third), end = seal.begin, seal.absorb, seal.end
+    begin, (absorb, absorb_second, absorb_third), pend = seal.begin, seal.absorb, seal.pend
     start_seal, absorb_part, finish = seal.start, seal.absorb_part, seal.finish
     unlocks = name.direction == "unlock"
 
@@ -126,13 +126,17 @@ def _counter_loop(tier: Any, name: KernelName, seal: Seal) -> Any:
                     block += 16
                     sums = begin(state, seal_keys)
                     following = first(counter_blocks(start, block), keys)
-                    sums = absorb(sums, put(target, source, stream[0], box), seal_keys)
+                    row = put(target, source, stream[0], box)
                     following = second(following, keys)
-                    sums = absorb_second(sums, put(target + 64, source + 64, stream[1], box), seal_keys)
+                    row_second = put(target + 64, source + 64, stream[1], box)
+                    sums = absorb(sums, row, seal_keys)
                     following = third(following, keys)
-                    sums = absorb_third(sums, put(target + 128, source + 128, stream[2], box), seal_keys)
+                    row_third = put(target + 128, source + 128, stream[2], box)
+                    sums = absorb_second(sums, row_second, seal_keys)
                     following = fourth(following, keys)
-                    state = end(sums, put(target + 192, source + 192, stream[3], box), seal_keys)
+                    row_fourth = put(target + 192, source + 192, stream[3], box)
+                    sums = absorb_third(sums, row_third, seal_keys)
+                    state = pend(sums, row_fourth)
                     stream = following
                     target += STEP
                     source += STEP
@@ -346,6 +350,19 @@ def _xor(_tier: Any, _name: KernelName) -> Any:
     return xor
 
 
+def _xor_sum(_tier: Any, _name: KernelName) -> Any:
+    """Make the measure of what reading allows: the XOR of all 64-byte rows, whole ones only."""
+
+    def xor_sum(target, source, nbytes):
+        total = splat(u8x64, 0)
+        for i in range(0, nbytes - 63, 64):
+            prefetch(source + i + AHEAD)
+            total = total ^ load(u8x64, source + i)
+        store(target, total)
+
+    return xor_sum
+
+
 def _copy_past_cache(_tier: Any, _name: KernelName) -> Any:
     """Make the measure of what memory allows out of place: a copy to an aligned target, whole steps only."""
 
@@ -371,4 +388,5 @@ _BUILDERS = {
     "substitute": _substitute,
     "copy_past_cache": _copy_past_cache,
     "xor": _xor,
+    "xor_sum": _xor_sum,
 }

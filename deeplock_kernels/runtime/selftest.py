@@ -237,6 +237,13 @@ def _check_xor(_name: KernelName, function: Callable[..., None]) -> bool:
     return data.raw == bytes(x ^ 0xA5 for x in _plain(256)) + b"\0"
 
 
+def _check_xor_sum(_name: KernelName, function: Callable[..., None]) -> bool:
+    data, total = _plain(300), ctypes.create_string_buffer(65)
+    function(ctypes.addressof(total), _address(data), 300)
+    rows = zip(*(data[i : i + 64] for i in range(0, 256, 64)), strict=True)
+    return total.raw == bytes(a ^ b ^ c ^ d for a, b, c, d in rows) + b"\0"
+
+
 def _check_copy(_name: KernelName, function: Callable[..., None]) -> bool:
     room = ctypes.create_string_buffer(512)
     target = ctypes.addressof(room) + -ctypes.addressof(room) % 64
@@ -266,4 +273,5 @@ _CHECKS: dict[str, Callable[[KernelName, Callable[..., None]], bool]] = {
     "substitute": _check_substitute,
     "copy_past_cache": _check_copy,
     "xor": _check_xor,
+    "xor_sum": _check_xor_sum,
 }
