@@ -2,7 +2,8 @@
 
 Exit codes: 0 done; 1 it could not be done (a bad file, a full disk, ...); 2 the command line is wrong; 3 the key is
 not the right one; 4 the locked file was altered; 130 interrupted. Results go to the standard output, messages and
-progress to the standard error. A message is one line `deeplock: error: ...`. A command that fails leaves no output file.
+progress to the standard error. A message is one line `deeplock: error: ...`. A command that fails leaves no output
+file.
 """
 
 from __future__ import annotations
@@ -120,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
+
+    rekeyer = command("rekey", _rekey, "lock a locked file anew under another key, without unlocking it")
+    _add_files(rekeyer)
+    rekeyer.add_argument("--new-key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
     verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
@@ -266,6 +271,21 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
         unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
     yield f"{arguments.output}: unlocked"
+
+
+def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.safetensors import rekey_file
+    from deeplock_kernels.keys import MasterKey
+
+    with (
+        MasterKey.from_file(arguments.key) as key,
+        MasterKey.from_file(arguments.new_key) as new_key,
+        _progress(arguments.input, "rekeying") as progress,
+    ):
+        header = rekey_file(
+            arguments.input, arguments.output, key, new_key, threads=arguments.threads, progress=progress
+        )
+    yield f"{arguments.output}: {len(header.tensors)} tensors locked under the new key and sealed"
 
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:

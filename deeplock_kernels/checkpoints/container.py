@@ -12,6 +12,7 @@ it out gives back the very bytes that the file had before.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -37,6 +38,7 @@ __all__ = [
     "parse_table",
     "read_table",
     "remove_entry",
+    "replace_entry",
 ]
 
 ENTRY_KEY = "deeplock"
@@ -269,6 +271,18 @@ def remove_entry(table: Table) -> bytes:
     encoded = text.encode()
     removed = table.data_start - _LENGTH_BYTES - len(encoded)
     return _with_length(encoded + b" " * (removed % 8), table.source)
+
+
+def replace_entry(table: Table, value: str) -> bytes:
+    """Give the start of a locked file with another lock header in it; see `insert_entry` and `remove_entry`.
+
+    Raises
+    ------
+    NotLockedError, ContainerError, ParameterError
+        As for those.
+    """
+    start = remove_entry(table)
+    return insert_entry(parse_table(io.BytesIO(start), len(start) + table.data_bytes, source=table.source), value)
 
 
 def canonical_table(table: Table) -> dict[str, Any]:
