@@ -91,10 +91,12 @@ def _check_done(
 ) -> None:
     """Nothing has changed but the file to be written, and that one is right."""
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    if {"-h", "--help", "--version"} & set(arguments):
+    try:
+        with redirect_stdout(io.StringIO()):
+            parsed = _parser().parse_args(arguments)
+    except SystemExit:  # help, or the version
         assert not changed
         return
-    parsed = _parser().parse_args(arguments)
     command = parsed.run.__name__
     written = {"_lock": "output", "_unlock": "output", "_keygen": "keyfile"}.get(command)
     if written is None:
