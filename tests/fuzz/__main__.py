@@ -68,7 +68,11 @@ def by_chance(name: str, seconds: int, seed: int) -> None:
     while time.monotonic() < end:
         case = chosen.random_case(random)
         current.write_bytes(case)  # beforehand, for a wrong address can end the process
-        chosen.run(case)
+        try:
+            chosen.run(case)
+        except Exception:
+            print(f"fuzz: {name}: case {count} of seed {seed}: {case.decode()}", file=sys.stderr)
+            raise
         count += 1
     current.unlink(missing_ok=True)
     print(f"fuzz: {name}: {count} cases of seed {seed}, nothing found")
@@ -98,7 +102,7 @@ def main() -> None:
     finally:
         shutil.rmtree(tempfile.tempdir)
     if status:
-        sys.exit(f"fuzz: {parsed.target}: the case lies in {FOUND}")
+        sys.exit(f"fuzz: {parsed.target}, seed {seed}: the case lies in {FOUND}")
 
 
 if __name__ == "__main__":
