@@ -29,6 +29,24 @@ def test_every_target_has_cases():
     assert {path.name for path in CASES.iterdir()} == {name for name, _ in ALL} == set(TARGETS)
 
 
+@pytest.mark.parametrize(("name", "count"), [("container", 40), ("header", 40), ("command", 3)])
+def test_mutations_of_the_stored_cases(name, count):
+    random, mutants = Random(21), set()
+    for path in stored(name):
+        for _ in range(count):
+            mutants.add(
+                target(name).mutate(
+                    path.read_bytes(), random, lambda part: part[: random.randint(0, len(part))]
+                )
+            )
+    assert len(mutants) > count * len(stored(name)) / 2
+    for mutant in sorted(mutants):
+        try:
+            target(name).run(mutant)
+        except Exception as error:
+            raise AssertionError(f"store this case: {mutant}") from error
+
+
 def test_random_cases_of_the_differential_target():
     random = Random(20)
     for _ in range(40):

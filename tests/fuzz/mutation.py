@@ -32,31 +32,34 @@ def mutate_json(text: bytes, random: Random, values: Sequence[Any] = ()) -> byte
     """
     try:
         root = [json.loads(text, object_pairs_hook=lambda pairs: Object(map(Member, pairs)))]
+        for _ in range(random.randint(1, 3)):
+            _change(root, random, [*VALUES, *values])
+        return _write(root[0], random, loosely=random.random() < 0.2).encode(errors="surrogatepass")
     except (ValueError, RecursionError):
         return None
-    for _ in range(random.randint(1, 3)):
-        places = list(_places(root))
-        parent, i = random.choice(places)
-        other_parent, j = random.choice(places)
-        action = random.choice(["replace", "take", "step", "delete", "repeat", "swap"])
-        if action == "step" and type(parent[i]) is int:
-            parent[i] = random.choice([parent[i] - 1, parent[i] + 1, 2 * parent[i], parent[i] // 2])
-        elif action == "delete" and not isinstance(parent, Member) and parent is not root:
-            del parent[i]
-        elif action == "repeat" and not isinstance(parent, Member) and parent is not root:
-            parent.insert(random.randint(0, len(parent)), copy.deepcopy(parent[i]))
-        elif action == "swap" and parent is other_parent and not isinstance(parent, Member):
-            parent[i], parent[j] = parent[j], parent[i]
-        elif isinstance(parent, Object) or (isinstance(parent, Member) and i == 0):
-            member = parent[i] if isinstance(parent, Object) else parent
-            keys = [place[0] for place, k in places if isinstance(place, Member) and k == 0]
-            member[0] = random.choice(
-                [*keys, *(value for value in (*VALUES, *values) if isinstance(value, str))]
-            )
-        else:
-            taken = other_parent[j] if action == "take" else random.choice([*VALUES, *values])
-            parent[i] = copy.deepcopy(taken[1] if isinstance(taken, Member) else taken)
-    return _write(root[0], random, loosely=random.random() < 0.2).encode(errors="surrogatepass")
+
+
+def _change(root: list[Any], random: Random, values: list[Any]) -> None:
+    places = list(_places(root))
+    parent, i = random.choice(places)
+    other_parent, j = random.choice(places)
+    fixed = isinstance(parent, Member) or parent is root
+    action = random.choice(["replace", "take", "step", "delete", "repeat", "swap"])
+    if action == "step" and type(parent[i]) is int:
+        parent[i] = random.choice([parent[i] - 1, parent[i] + 1, 2 * parent[i], parent[i] // 2])
+    elif action == "delete" and not fixed:
+        del parent[i]
+    elif action == "repeat" and not fixed:
+        parent.insert(random.randint(0, len(parent)), copy.deepcopy(parent[i]))
+    elif action == "swap" and not fixed and parent is other_parent:
+        parent[i], parent[j] = parent[j], parent[i]
+    elif isinstance(parent, Object) or (isinstance(parent, Member) and i == 0):
+        member = parent[i] if isinstance(parent, Object) else parent
+        keys = [place[0] for place, k in places if isinstance(place, Member) and k == 0]
+        member[0] = random.choice([*keys, *(value for value in values if isinstance(value, str))])
+    else:
+        taken = other_parent[j] if action == "take" else random.choice(values)
+        parent[i] = copy.deepcopy(taken[1] if isinstance(taken, Member) else taken)
 
 
 def _places(parent: list[Any]) -> Iterator[tuple[list[Any], int]]:
