@@ -1,4 +1,4 @@
-"""Command lines of `deeplock`, in a directory with keys and with plain, locked and broken files.
+"""Command lines of `deeplock`, in a directory with keys and with plain, locked, altered and broken files.
 
 A case is the arguments, one a line, then an empty line, then what the file `given` holds. A path leads nowhere but into
 the directory: an argument that could do otherwise makes a case void. The commands `bench`, `demo` and `warmup`, which
@@ -29,13 +29,13 @@ from deeplock_kernels.checkpoints.container import entry, read_table
 from deeplock_kernels.checkpoints.safetensors import lock_file
 from deeplock_kernels.keys import MasterKey
 
-COMMANDS = ["keygen", "lock", "unlock", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]
+COMMANDS = ["keygen", "lock", "unlock", "verify", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]
 OPTIONS = [
     "--key", "--threads", "--schedule", "--sbox", "--only", "--bits", "--size", "--rounds",
-    "--tier", "--into", "--quick", "--help", "--version", "--",
+    "--tier", "--into", "--no-seal", "--quick", "--help", "--version", "--",
 ]  # fmt: skip
 NAMES = [
-    "plain", "locked", "expansion", "cut", "key", "other.key", "short.key", "empty", "folder",
+    "plain", "locked", "expansion", "unsealed", "altered", "cut", "key", "other.key", "short.key", "empty", "folder",
     "folder/plain", "link", "dangling", "circle", "given", "new", "folder/new", "missing/new", ".",
 ]  # fmt: skip
 VALUES = [
@@ -43,6 +43,7 @@ VALUES = [
     "sm4", "avx2", "portable", "*", "a*", "[!a]", "?", "nothing",
 ]  # fmt: skip
 TOKENS = ["\n", "\n\n", *(f"{word}\n" for word in COMMANDS + OPTIONS + NAMES + VALUES), *OPTIONS]
+SEALED = ("locked", "expansion")
 _new_parser = cli._parser
 _ELSEWHERE = re.compile(r"(^|[^\w.])/|\.\.|\0/")
 
@@ -59,7 +60,7 @@ def run(data: bytes) -> None:
     try:
         code, out, err = folder.run(arguments)
         after = folder.content()
-        assert code in (cli.DONE, cli.FAILED, cli.USAGE, cli.WRONG_KEY), code
+        assert code in (cli.DONE, cli.FAILED, cli.USAGE, cli.WRONG_KEY, cli.TAMPERED), code
         if code == cli.DONE:
             _check_done(folder, arguments, before, after)
         else:
@@ -101,6 +102,7 @@ def _check_done(
     written = {"_lock": "output", "_unlock": "output", "_keygen": "keyfile"}.get(command)
     if written is None:
         assert not changed
+        assert command != "_verify" or folder.real(parsed.file) in SEALED
         return
     target = folder.real(getattr(parsed, written))
     assert changed <= {target}
@@ -115,8 +117,8 @@ def _check_done(
         assert folder.content()["unlocked again"] == before[folder.real(parsed.input)]
     else:
         assert entry(read_table(folder.path / target)) is None
-        source = folder.real(parsed.input)
-        assert source not in ("locked", "expansion") or after[target] == before["plain"]
+        assert folder.real(parsed.input) in (*SEALED, "unsealed")
+        assert after[target] == before["plain"]
 
 
 class _Folder:
@@ -134,10 +136,13 @@ class _Folder:
             "none": np.zeros((0, 3), np.int8),
         }
         safetensors.numpy.save_file(tensors, self.path / "plain", metadata={"x": "y"})
-        for schedule, name in (("counter", "locked"), ("expansion", "expansion")):
-            lock_file(self.path / "plain", self.path / name, keys["key"], schedule=schedule)
+        for name, schedule in (("locked", "counter"), ("expansion", "expansion"), ("unsealed", "counter")):
+            seal = name in SEALED
+            lock_file(self.path / "plain", self.path / name, keys["key"], schedule=schedule, seal=seal)
         self._files = {path.name: path.read_bytes() for path in self.path.iterdir()}
-        self._files |= {"cut": self._files["locked"][:-1], "empty": b"", "given": b""}
+        locked = self._files["locked"]
+        altered = locked[:-1] + bytes([locked[-1] ^ 1])
+        self._files |= {"altered": altered, "cut": locked[:-1], "empty": b"", "given": b""}
         self.refill()
 
     def give(self, content: bytes) -> None:

@@ -19,7 +19,7 @@ from deeplock_kernels.checkpoints.container import (
     DTYPE_BITS,
     ENTRY_KEY,
     Table,
-    canonical_table,
+    canonical_text,
     entry,
     insert_entry,
     parse_table,
@@ -156,4 +156,4 @@ def _check_same(one: Table, other: Table) -> None:
     """Two tables differ in their lock header only, and in a multiple of 8 bytes."""
     assert (one.data_start - other.data_start) % 8 == 0
     assert list(one.tensors.items()) == list(other.tensors.items())
-    assert canonical_table(one) == canonical_table(other)
+    assert canonical_text(one) == canonical_text(other)

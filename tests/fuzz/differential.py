@@ -19,7 +19,8 @@ from unittest import mock
 import numpy as np
 
 from deeplock_kernels import locking, reference, tensors, transform
-from deeplock_kernels.header import sbox_field
+from deeplock_kernels.errors import TamperedError
+from deeplock_kernels.header import LockHeader, sbox_field
 from deeplock_kernels.kernels.signatures import SEGMENTS_PER_GROUP, segment_bytes
 from deeplock_kernels.runtime.tiers import tiers, use_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
@@ -112,18 +113,41 @@ def _substitution(*, inverse: bool) -> Operation:
     return Operation(apply, expected)
 
 
-def _lock_tensors(case: Case, source: np.ndarray, target: np.ndarray) -> str:
-    before = source.copy()
-    target[:] = source
-    named = {name: target[place] for name, place in case.tensors.items()}
-    options: dict[str, Any] = {"sbox": case.box, "threads": case.threads}
-    with mock.patch.object(tensors.secrets, "token_bytes", return_value=_salt(case)):
-        header = tensors.lock_tensors(named, case.key, schedule=case.schedule, **options)
-    locked = target.copy()
-    tensors.unlock_tensors(named, case.key, header, **options)
-    assert np.array_equal(target, before), "what was locked was not unlocked"
-    target[:] = locked
-    return header.to_json()
+def _tensors(*, seal: bool) -> Operation:
+    def apply(case: Case, source: np.ndarray, target: np.ndarray) -> str:
+        before = source.copy()
+        target[:] = source
+        named = {name: target[place] for name, place in case.tensors.items()}
+        options: dict[str, Any] = {"sbox": case.box, "threads": case.threads}
+        with mock.patch("secrets.token_bytes", return_value=_salt(case)):
+            header = tensors.lock_tensors(named, case.key, schedule=case.schedule, seal=seal, **options)
+        locked = target.copy()
+        tensors.unlock_tensors(named, case.key, header, **options)
+        assert np.array_equal(target, before), "what was locked was not unlocked"
+        target[:] = locked
+        if seal:
+            _check_seals(case, named, header)
+        return header.to_json()
+
+    return Operation(apply, _expected_of_tensors)
+
+
+def _check_seals(case: Case, named: dict[str, np.ndarray], header: LockHeader) -> None:
+    """Seals are those of the oracle where that does not take long, and see one wrong bit."""
+    tensors.verify_tensors(named, case.key, header, threads=case.threads)
+    for name, part in named.items():
+        if part.nbytes <= SHORT:
+            key = reference.seal_key(case.key, header.salt, name)
+            assert header.tensors[name].seal == reference.seal(key, part.tobytes()), f"another seal of {name}"
+    name = max(named, key=lambda name: named[name].nbytes)
+    if named[name].nbytes:
+        wrong = {**named, name: named[name].copy()}
+        wrong[name][Random(case.seed).randrange(wrong[name].nbytes)] ^= 1 << case.seed % 8
+        try:
+            tensors.verify_tensors(wrong, case.key, header, threads=case.threads)
+        except TamperedError:
+            return
+        raise AssertionError(f"a wrong bit in {name} is not seen")
 
 
 def _expected_of_tensors(case: Case, part: bytes, start: int) -> bytes | None:
@@ -160,7 +184,8 @@ OPERATIONS = {
     "unlock": _keyed("unlock"),
     "substitute": _substitution(inverse=False),
     "substitute_inverse": _substitution(inverse=True),
-    "lock_tensors": Operation(_lock_tensors, _expected_of_tensors),
+    "lock_tensors": _tensors(seal=False),
+    "seal_tensors": _tensors(seal=True),
 }
 
 # Comparing
