@@ -16,7 +16,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from deeplock_kernels import __version__
-from deeplock_kernels.errors import DeepLockError, FileAccessError, TamperedError, WrongKeyError
+from deeplock_kernels.errors import (
+    DeepLockError,
+    FileAccessError,
+    SameFileError,
+    TamperedError,
+    WrongKeyError,
+)
 
 DONE, FAILED, USAGE, WRONG_KEY, TAMPERED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _LARGEST_SIZE = 1 << 46  # bytes, beyond what any machine has
@@ -233,6 +239,18 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+def _spare_key_file(arguments: argparse.Namespace) -> None:
+    """Refuse an output that would take the place of the key, without which nothing can be unlocked again."""
+    from deeplock_kernels.files import check_distinct
+
+    try:
+        check_distinct(arguments.key, arguments.output)
+    except SameFileError:
+        raise SameFileError(
+            f"{arguments.output}: it is the key file; another file is accepted; write to a new path"
+        ) from None
+
+
 def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
@@ -248,6 +266,7 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
+        _spare_key_file(arguments)
         header = lock_file(
             arguments.input,
             arguments.output,
@@ -269,6 +288,7 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
+        _spare_key_file(arguments)
         unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
     yield f"{arguments.output}: unlocked"
 

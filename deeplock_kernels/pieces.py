@@ -63,7 +63,7 @@ class KeyTable:
         self._places = {name: i * nbytes for i, name in enumerate(names)}
         self._memory = bytearray(nbytes * max(len(self._places), 1))
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._derive, self._complete = derive, complete
+        self._nbytes, self._derive, self._complete = nbytes, derive, complete
         self._derived: set[str] = set()
 
     def address(self, name: str) -> int:
@@ -74,10 +74,13 @@ class KeyTable:
         """Derive what is needed now."""
         for name in names:
             if name not in self._derived:
-                place, secret = self._places[name], self._derive(name)
-                self._memory[place : place + len(secret)] = secret
+                made = bytearray(self._derive(name).ljust(self._nbytes, b"\0"))
                 if self._complete is not None:
-                    self._complete(self._start + place)
+                    self._complete(ctypes.addressof(ctypes.c_char.from_buffer(made)))
+                # Made elsewhere, for a thread that was quicker may be using what is here: these same bytes.
+                place = self._places[name]
+                self._memory[place : place + self._nbytes] = made
+                made[:] = bytes(self._nbytes)
                 self._derived.add(name)
 
     def wipe(self) -> None:
