@@ -398,6 +398,36 @@ print(json.dumps([assembly(tier, KernelName(*name)) for name in json.loads(sys.a
         check_instructions(tier_name, name, instructions(assembly))
 
 
+CHECKED = """
+import numpy as np
+from deeplock_kernels.kernels import house
+from deeplock_kernels.kernels.memory import read_byte, write_byte
+from deeplock_kernels.kernels.signatures import KernelName
+from deeplock_kernels.runtime.tiers import TIERS, assembly
+
+TABLE = np.arange(256)
+
+def unproven(record):
+    write_byte(record, TABLE[read_byte(record) + read_byte(record + 1)])
+
+print(house.emit(house.compile_module(unproven), frozenset())[1])
+for name in (KernelName("counter", 192, "table", "unlock"), KernelName("expansion_chain", 256)):
+    print("kernel")
+    print(assembly(TIERS[-1], name))
+"""
+
+
+def test_every_look_up_of_the_portable_tier_is_proven_to_be_within_its_table():
+    """Numba checks indices if told to; where the compiler sees that they fit, nothing is left of that."""
+    found = [run(CHECKED, NUMBA_BOUNDSCHECK=value).split("\nkernel\n") for value in "01"]
+    (unproven, *kernels), (checked, *checked_kernels) = (
+        [[line.mnemonic for line in instructions(text)] for text in texts] for texts in found
+    )
+    assert len(unproven) < len(checked)
+    assert kernels == checked_kernels
+    assert len(kernels) == 2
+
+
 # Constant time. In a tier that claims it, data, key stream and tables live in vector registers, and
 # instructions on those take the same time whatever they hold. Time could tell of them only through an
 # address, a branch or a length, and those come from general registers and flags. So it is followed, along
