@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "deeplock_kernels.checkpoints.safetensors": ("lock_file", "read_header", "unlock_file"),
-    "deeplock_kernels.errors": ("DeepLockError", "WrongKeyError"),
+    "deeplock_kernels.checkpoints.safetensors": ("lock_file", "read_header", "unlock_file", "verify_file"),
+    "deeplock_kernels.errors": ("DeepLockError", "TamperedError", "TamperedHeaderError", "WrongKeyError"),
     "deeplock_kernels.header": ("LockHeader",),
     "deeplock_kernels.keys": ("MasterKey",),
     "deeplock_kernels.locking": ("lock", "substitute", "unlock"),
@@ -20,7 +20,7 @@ _HOMES = {
     "deeplock_kernels.runtime.tiers": ("tiers", "use_tier", "warmup"),
     "deeplock_kernels.sboxes": ("AES", "SBOXES", "SBox"),
     "deeplock_kernels.schedules": ("CounterSchedule", "ExpansionSchedule", "expand_key"),
-    "deeplock_kernels.tensors": ("lock_tensors", "unlock_tensor", "unlock_tensors"),
+    "deeplock_kernels.tensors": ("lock_tensors", "unlock_tensor", "unlock_tensors", "verify_tensors"),
 }
 _HOME_BY_NAME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from deeplock_kernels.checkpoints.safetensors import lock_file as lock_file
     from deeplock_kernels.checkpoints.safetensors import read_header as read_header
     from deeplock_kernels.checkpoints.safetensors import unlock_file as unlock_file
+    from deeplock_kernels.checkpoints.safetensors import verify_file as verify_file
     from deeplock_kernels.errors import DeepLockError as DeepLockError
+    from deeplock_kernels.errors import TamperedError as TamperedError
+    from deeplock_kernels.errors import TamperedHeaderError as TamperedHeaderError
     from deeplock_kernels.errors import WrongKeyError as WrongKeyError
     from deeplock_kernels.header import LockHeader as LockHeader
     from deeplock_kernels.keys import MasterKey as MasterKey
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from deeplock_kernels.tensors import lock_tensors as lock_tensors
     from deeplock_kernels.tensors import unlock_tensor as unlock_tensor
     from deeplock_kernels.tensors import unlock_tensors as unlock_tensors
+    from deeplock_kernels.tensors import verify_tensors as verify_tensors
 
 
 def __getattr__(name: str) -> Any:

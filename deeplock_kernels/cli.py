@@ -1,8 +1,8 @@
 """The command `deeplock`.
 
 Exit codes: 0 done; 1 it could not be done (a bad file, a full disk, ...); 2 the command line is wrong; 3 the key is
-not the right one; 130 interrupted. Results go to the standard output, messages and progress to the standard error. A
-message is one line `deeplock: error: ...`. A command that fails leaves no output file.
+not the right one; 4 the locked file was altered; 130 interrupted. Results go to the standard output, messages and
+progress to the standard error. A message is one line `deeplock: error: ...`. A command that fails leaves no output file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from deeplock_kernels import __version__
-from deeplock_kernels.errors import DeepLockError, FileAccessError, WrongKeyError
+from deeplock_kernels.errors import DeepLockError, FileAccessError, TamperedError, WrongKeyError
 
-DONE, FAILED, USAGE, WRONG_KEY, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, USAGE, WRONG_KEY, TAMPERED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _LARGEST_SIZE = 1 << 46  # bytes, beyond what any machine has
 _UNITS = {
     "": 1,
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print(line)
     except WrongKeyError as error:
         return _complain(error, WRONG_KEY)
+    except TamperedError as error:
+        return _complain(error, TAMPERED)
     except DeepLockError as error:
         return _complain(error, FAILED)
     except MemoryError:
@@ -79,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deeplock",
         description="Lock the weights of trained networks: without the key a model loads and computes nonsense.",
-        epilog="exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 130 interrupted",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 4 altered, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"deeplock {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -110,7 +112,18 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="GLOB", action="append", help="lock only tensors of such names; may be repeated"
     )
 
+    locker.add_argument(
+        "--no-seal",
+        dest="seal",
+        action="store_false",
+        help="leave out the seals by which unlocking notices altered weights",
+    )
+
     _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
+
+    verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
+    verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
+    _add_key(verifier)
 
     inspect = command("inspect", _inspect, "show what a file holds and what of it is locked; needs no key")
     inspect.add_argument("file", metavar="FILE")
@@ -142,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="the safetensors file to read")
     parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
+    _add_key(parser)
+
+
+def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
     parser.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
 
@@ -233,11 +250,13 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
             schedule=arguments.schedule,
             sbox=arguments.sbox,
             only=arguments.only,
+            seal=arguments.seal,
             threads=arguments.threads,
             progress=progress,
         )
     nbytes = sum(record.nbytes for record in header.tensors.values())
-    yield f"{arguments.output}: {len(header.tensors)} tensors locked, {nbytes:,} bytes"
+    sealed = "locked and sealed" if arguments.seal else "locked, not sealed"
+    yield f"{arguments.output}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
 
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
@@ -247,6 +266,16 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
         unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
     yield f"{arguments.output}: unlocked"
+
+
+def _verify(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.safetensors import verify_file
+    from deeplock_kernels.keys import MasterKey
+
+    with MasterKey.from_file(arguments.key) as key, _progress(arguments.file, "verifying") as progress:
+        header = verify_file(arguments.file, key, threads=arguments.threads, progress=progress)
+    nbytes = sum(record.nbytes for record in header.tensors.values())
+    yield f"{arguments.file}: as it was locked, {len(header.tensors)} tensors, {nbytes:,} bytes"
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
@@ -270,7 +299,8 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
             yield "warning: one known block of weights gives away the key of this schedule"
     width = max((len(ascii(name)) for name in table.tensors), default=0)
     for name, tensor in table.tensors.items():
-        state = "locked" if header is not None and name in header.tensors else "plain"
+        record = header.tensors.get(name) if header is not None else None
+        state = "plain" if record is None else "locked, sealed" if record.seal else "locked"
         yield (
             f"  {name!a:{width}}  {tensor.dtype:8} {list(tensor.shape)!s:20} {tensor.nbytes:>14,} bytes  {state}"
         )

@@ -19,6 +19,7 @@ __all__ = [
     "KeyTypeError",
     "KeyWipedError",
     "NotLockedError",
+    "NotSealedError",
     "OverlapError",
     "ParameterError",
     "ReadOnlyError",
@@ -26,6 +27,8 @@ __all__ = [
     "SameFileError",
     "SelfTestError",
     "SizeMismatchError",
+    "TamperedError",
+    "TamperedHeaderError",
     "TensorNameError",
     "UnknownNameError",
     "UnsupportedTierError",
@@ -51,6 +54,14 @@ class KeyWipedError(DeepLockError, ValueError):
 
 class WrongKeyError(DeepLockError, ValueError):
     """The key is not the one that locked these tensors; nothing was changed."""
+
+
+class TamperedError(DeepLockError, ValueError):
+    """A tensor's locked bytes are not those that were sealed; what was to be unlocked in place was not changed."""
+
+
+class TamperedHeaderError(TamperedError):
+    """A header, or the table of its file, is not the one that was locked, or carries no mac; nothing was changed."""
 
 
 class ParameterError(DeepLockError, ValueError):
@@ -107,6 +118,10 @@ class AlreadyLockedError(DeepLockError, ValueError):
 
 class NotLockedError(DeepLockError, ValueError):
     """The file carries no lock header: there is nothing to unlock."""
+
+
+class NotSealedError(DeepLockError, ValueError):
+    """The tensors were locked without seals: there is nothing to verify them by."""
 
 
 class SameFileError(DeepLockError, ValueError):

@@ -65,6 +65,9 @@ class LockHeader:
         32 bytes that prove the header whole, or None.
     format
         "deeplock/1".
+    file
+        For the header of a file, what the mac covers of the file: its own table as canonical JSON, else None. It is
+        no part of the JSON text; `read_header` puts it here.
     """
 
     schedule: str
@@ -75,6 +78,7 @@ class LockHeader:
     tensors: Mapping[str, TensorRecord]
     mac: bytes | None = None
     format: str = FORMAT
+    file: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("sbox", "tensors"):
@@ -114,6 +118,11 @@ class LockHeader:
         if self.mac is not None:
             header["mac"] = self.mac.hex()
         return json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def authenticated(self) -> bytes:
+        """Give what the mac covers: the header without it, and the table of the file if it is that of a file."""
+        header = dataclasses.replace(self, mac=None).to_json()
+        return (header if self.file is None else f'{{"file":{self.file},"header":{header}}}').encode()
 
     @classmethod
     def from_json(cls, text: str) -> LockHeader:

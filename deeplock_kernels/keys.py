@@ -230,3 +230,11 @@ class Derivation:
     def check(self) -> bytes:
         """Give the 16 bytes by which a header knows its key."""
         return self._expand(b"deeplock/v1/check", 16)
+
+    def seal_key(self, name: str) -> bytes:
+        """Give the 32-byte key of a tensor's seal."""
+        return self._expand(f"deeplock/v1/seal\0{name}".encode(), 32)
+
+    def mac(self, message: bytes) -> bytes:
+        """Give the 32 bytes of HMAC-SHA256 (RFC 2104) under the header's key."""
+        return hmac.digest(self._expand(b"deeplock/v1/header", 32), message, "sha256")

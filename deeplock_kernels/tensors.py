@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
-import hmac
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter, le
-from types import MappingProxyType
 from typing import Any
 
 from deeplock_kernels import buffers
 from deeplock_kernels.buffers import Memory
 from deeplock_kernels.errors import (
     BufferTypeError,
-    HeaderError,
     OverlapError,
     ParameterError,
-    SBoxError,
     SizeMismatchError,
     TensorNameError,
-    UnknownNameError,
-    WrongKeyError,
 )
-from deeplock_kernels.header import SALT_BYTES, LockHeader, TensorRecord, sbox_field
-from deeplock_kernels.keys import Derivation, MasterKey
+from deeplock_kernels.header import LockHeader
 from deeplock_kernels.locking import find_sbox, unlock
-from deeplock_kernels.runtime.pool import Call, resolve_threads
-from deeplock_kernels.sboxes import SBOXES, SBox
-from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, ExpansionSchedule, Schedule
+from deeplock_kernels.named_lock import Key, NamedLock
+from deeplock_kernels.pieces import Range
+from deeplock_kernels.runtime.pool import resolve_threads
+from deeplock_kernels.sboxes import SBox
 from deeplock_kernels.schedules.base import check_range
-from deeplock_kernels.schedules.counter import CounterList
-from deeplock_kernels.transform import Transform
 
-Key = bytes | bytearray | memoryview | MasterKey
 Selection = str | Iterable[str] | Callable[[str], bool] | None
 
 
@@ -44,6 +34,7 @@ def lock_tensors(
     schedule: str = "counter",
     sbox: SBox | str = "aes",
     only: Selection = None,
+    seal: bool = True,
     threads: int | None = None,
 ) -> LockHeader:
     """Lock named tensors in place, each with its own key stream.
@@ -63,6 +54,9 @@ def lock_tensors(
         The S-Box or its name. One of your own has to be given again to unlock.
     only
         Which tensors to lock: a glob pattern, several of them, or a function of the name. By default all.
+    seal
+        Whether to seal the locked bytes of each tensor (GMAC, SP 800-38D), so that unlocking notices every change. The
+        header proves itself in any case.
     threads
         How many threads at most; None for `get_num_threads()`.
 
@@ -85,10 +79,11 @@ def lock_tensors(
     count = resolve_threads(threads)
     chosen = select(names, only)
     storages = _storages(tensors, chosen)
-    header = lock.header({name: (block.nbytes, same_as) for name, (block, same_as) in storages.items()})
+    lock.cover({name: (block.nbytes, same_as) for name, (block, same_as) in storages.items()})
     buffers.note_written(*(tensors[name] for name in chosen))
-    _run(lock, header, storages, "lock", count)
-    return header
+    with lock:
+        ranges = _ranges(storages, empty=seal)
+        return lock.lock(ranges, count, seal=seal, then=lambda seals: lock.prove(seals if seal else None))
 
 
 def unlock_tensors(
@@ -97,12 +92,14 @@ def unlock_tensors(
     header: LockHeader,
     *,
     check: bool = True,
+    seal: bool = True,
     sbox: SBox | None = None,
     threads: int | None = None,
 ) -> None:
     """Unlock named tensors in place: those that the header lists; others are left alone.
 
-    Tensors that shared their storage when they were locked may still share it, or have become copies by now.
+    All seals are compared before the first byte changes. Tensors that shared their storage when they were locked may
+    still share it, or have become copies by now.
 
     Parameters
     ----------
@@ -111,9 +108,12 @@ def unlock_tensors(
     key
         The master key that locked them.
     header
-        What `lock_tensors` returned.
+        What `lock_tensors` returned, or for tensors from a locked file what `read_header` gives.
     check
-        Whether to refuse a wrong key. Without that a wrong key gives nonsense weights, as in the paper.
+        Whether to refuse a wrong key, and a header or tensors that were altered. Without that nothing is refused, and
+        a wrong key gives nonsense weights, as in the paper.
+    seal
+        Whether to compare the seals, which takes a pass over the tensors.
     sbox
         The S-Box, where it is one of your own.
     threads
@@ -123,6 +123,8 @@ def unlock_tensors(
     ------
     WrongKeyError
         The key is another one; nothing was changed.
+    TamperedHeaderError, TamperedError
+        The header, or the tensor that the message names, is not as it was locked; nothing was changed.
     TensorNameError, SizeMismatchError
         A tensor of the header is missing or has another length; nothing was changed.
     BufferTypeError, BufferLayoutError, ReadOnlyError, OverlapError
@@ -130,8 +132,64 @@ def unlock_tensors(
     KeyTypeError, KeyFormatError, HeaderError, SBoxError
         Another argument is wrong.
     """
+    lock, storages, count = _take_up(tensors, key, header, check, sbox, threads, needs_sbox=True)
+    ranges = _ranges(storages, empty=False)
+    with lock:
+        if check and seal:
+            lock.expect(lock.seals(_sealed(lock, storages), count))
+        buffers.note_written(*(tensors[name] for name in header.tensors))
+        lock.unlock(ranges, count)
+
+
+def verify_tensors(
+    tensors: Mapping[str, Any], key: Key, header: LockHeader, *, threads: int | None = None
+) -> None:
+    """Say whether locked tensors and their header are as the lock left them; nothing is changed.
+
+    Parameters
+    ----------
+    tensors, key, header, threads
+        As for `unlock_tensors`.
+
+    Raises
+    ------
+    WrongKeyError
+        The key is another one.
+    TamperedHeaderError
+        The header was altered.
+    TamperedError
+        The tensor that the message names was altered, or unlocked already.
+    NotSealedError
+        They were locked without seals.
+    TensorNameError, SizeMismatchError, OverlapError, BufferTypeError, BufferLayoutError, ReadOnlyError
+        As for `unlock_tensors`.
+    KeyTypeError, KeyFormatError, HeaderError, ParameterError
+        Another argument is wrong.
+    """
+    lock, storages, count = _take_up(tensors, key, header, True, None, threads, needs_sbox=False)
+    ranges = _sealed(lock, storages)
+    with lock:
+        lock.must_be_sealed()
+        lock.expect(lock.seals(ranges, count))
+
+
+def _sealed(lock: NamedLock, storages: Mapping[str, tuple[Memory, str | None]]) -> list[Range]:
+    return [one for one in _ranges(storages, empty=True) if lock.sealed(one.name)]
+
+
+def _take_up(
+    tensors: Mapping[str, Any],
+    key: Key,
+    header: LockHeader,
+    check: bool,
+    sbox: SBox | None,
+    threads: int | None,
+    *,
+    needs_sbox: bool,
+) -> tuple[NamedLock, dict[str, tuple[Memory, str | None]], int]:
+    """Check all that can be checked of locked tensors, and give their lock, their memory and the number of threads."""
     _check_names(tensors)
-    lock = NamedLock.from_header(key, header, check=check, sbox=sbox)
+    lock = NamedLock.from_header(key, header, check=check, sbox=sbox, needs_sbox=needs_sbox)
     count = resolve_threads(threads)
     missing = [name for name in header.tensors if name not in tensors]
     if missing:
@@ -145,12 +203,11 @@ def unlock_tensors(
             raise SizeMismatchError(
                 f"tensors[{name!r}]: got {block.nbytes} bytes, accepted are the header's {record.nbytes}"
             )
-        if same_as is not None and _root(header, same_as) != _root(header, name):
+        if same_as is not None and lock.root(same_as) != lock.root(name):
             raise OverlapError(
                 f"tensors[{name!r}]: got the memory of {same_as!r}, which was locked as another tensor; give it its own"
             )
-    buffers.note_written(*(tensors[name] for name in header.tensors))
-    _run(lock, header, storages, "unlock", count)
+    return lock, storages, count
 
 
 def unlock_tensor(
@@ -162,16 +219,20 @@ def unlock_tensor(
     offset: int = 0,
     out: Any = None,
     check: bool = True,
+    seal: bool = True,
     sbox: SBox | None = None,
     threads: int | None = None,
 ) -> Any:
     """Unlock one tensor, or any range of its bytes.
 
+    A seal is one of a whole tensor: only where all of it is given is it compared, in place before a byte changes, and
+    out of place in the same pass. Then nothing is left in `out` if the seal is another.
+
     Parameters
     ----------
     data
         The locked bytes, from byte `offset` of the tensor on.
-    key, header, check, sbox, threads
+    key, header, check, seal, sbox, threads
         As for `unlock_tensors`.
     name
         The tensor's name in the header.
@@ -188,6 +249,8 @@ def unlock_tensor(
     ------
     WrongKeyError
         The key is another one; nothing was changed.
+    TamperedHeaderError, TamperedError
+        The header or the tensor is not as it was locked; `data` was not changed, other memory in `out` is zeros.
     TensorNameError
         The header has no such tensor.
     SizeMismatchError
@@ -195,130 +258,41 @@ def unlock_tensor(
     ParameterError, BufferTypeError, BufferLayoutError, ReadOnlyError, OverlapError, HeaderError, SBoxError
         Another argument is wrong; nothing was changed.
     """
-    lock = NamedLock.from_header(key, header, check=check, sbox=sbox)
+    names = [name] if isinstance(name, str) else []
+    lock = NamedLock.from_header(key, header, check=check, sbox=sbox, names=names)
     if not isinstance(name, str) or name not in header.tensors:
         raise TensorNameError(
             f"name: got {name!r}, which is not one of the header's {len(header.tensors)} tensors"
         )
-    block = buffers.memory(data)
-    offset = check_range(offset, block.nbytes)
-    if offset + block.nbytes > header.tensors[name].nbytes:
+    source = buffers.memory(data)
+    offset = check_range(offset, source.nbytes)
+    total = header.tensors[name].nbytes
+    if offset + source.nbytes > total:
         raise SizeMismatchError(
-            f"data: got bytes {offset} to {offset + block.nbytes} of tensor {name!r}, "
-            f"which has {header.tensors[name].nbytes}"
+            f"data: got bytes {offset} to {offset + source.nbytes} of tensor {name!r}, which has {total}"
         )
-    schedule, start = lock.stream(header, name)
+    assert lock.sbox is not None
+    if not (check and seal and source.nbytes == total and lock.sealed(name)):
+        with lock:
+            schedule, start = lock.stream(name)
+            return unlock(data, schedule, sbox=lock.sbox, offset=start + offset, out=out, threads=threads)
+    count = resolve_threads(threads)
+    result = buffers.new_like(data) if out is None else out
+    target = buffers.output_memory(result, source)
+    whole = [Range(name, target.address, source.address, total)]
     with lock:
-        return unlock(data, schedule, sbox=lock.sbox, offset=start + offset, out=out, threads=threads)
-
-
-class NamedLock:
-    """The key streams of one lock: of every tensor that a header lists. Its end wipes them.
-
-    Use `new` to lock and `from_header` to unlock.
-    """
-
-    def __init__(self, key: Key, salt: bytes, schedule: str, sbox: SBox) -> None:
-        self.sbox, self.salt = sbox, salt
-        self._key, self._schedule = key, schedule
-        self._derivation = Derivation(key, salt)
-        self._streams: dict[str, Schedule] = {}
-        self._list: CounterList | None = None
-
-    @classmethod
-    def new(cls, key: Key, schedule: str, sbox: SBox) -> NamedLock:
-        """Draw a new salt."""
-        if not isinstance(schedule, str) or schedule not in SCHEDULES:
-            raise UnknownNameError(f"schedule: got {schedule!r}, accepted are {', '.join(SCHEDULES)}")
-        return cls(key, secrets.token_bytes(SALT_BYTES), schedule, sbox)
-
-    @classmethod
-    def from_header(cls, key: Key, header: LockHeader, *, check: bool, sbox: SBox | None) -> NamedLock:
-        """Take up the lock of a header.
-
-        Raises
-        ------
-        WrongKeyError
-            The key is not the one of the lock.
-        HeaderError, SBoxError
-            It is no header, or its S-Box is not at hand.
-        """
-        if not isinstance(header, LockHeader):
-            raise HeaderError(
-                f"header: got {type(header).__name__}, accepted is a LockHeader; see LockHeader.from_json"
-            )
-        derivation = Derivation(key, header.salt)
-        if check:
-            if derivation.key_bits != header.key_bits:
-                raise WrongKeyError(
-                    f"key: got {derivation.key_bits} bits, the tensors were locked with {header.key_bits}"
-                )
-            if not hmac.compare_digest(derivation.check(), header.check):
-                raise WrongKeyError("key: it is not the one that locked these tensors; nothing was changed")
-        return cls(key, header.salt, header.schedule, _header_sbox(header, sbox))
-
-    def header(self, sizes: Mapping[str, tuple[int, str | None]]) -> LockHeader:
-        """Describe a lock of tensors given as (number of bytes, name of the tensor it shares storage with, or None)."""
-        records, start, placed = {}, 0, self._schedule == ExpansionSchedule.name
-        for name, (nbytes, same_as) in sizes.items():
-            if same_as is None and placed:
-                records[name] = TensorRecord(nbytes, start)
-                start += nbytes
-            else:
-                records[name] = TensorRecord(nbytes, None, same_as)
-        return LockHeader(
-            schedule=self._schedule,
-            sbox=sbox_field(self.sbox),
-            key_bits=self._derivation.key_bits,
-            salt=self.salt,
-            check=self._derivation.check(),
-            tensors=MappingProxyType(records),
-        )
-
-    def stream(self, header: LockHeader, name: str) -> tuple[Schedule, int]:
-        """Give the key stream of a tensor: a schedule, and the position where the tensor starts."""
-        root = _root(header, name)
-        if self._schedule == ExpansionSchedule.name:
-            if "" not in self._streams:
-                self._streams[""] = ExpansionSchedule(self._key)
-            return self._streams[""], header.tensors[root].start or 0
-        if root not in self._streams:
-            key_iv = self._derivation.tensor_key_iv(self._schedule, _label(header), root)
-            self._streams[root] = CounterSchedule(key_iv[:-16], key_iv[-16:])
-        return self._streams[root], 0
-
-    def calls(
-        self, header: LockHeader, blocks: Mapping[str, Memory], transform: Transform, piece: int
-    ) -> list[Call]:
-        """Plan the kernel calls that transform tensors in place."""
-        if self._schedule == CounterSchedule.name:
-            ranges = [(block.address, block.nbytes) for block in blocks.values()]
-            names = [_root(header, name) for name in blocks]
-            label = _label(header)
-            self._list = CounterList(
-                ranges,
-                lambda i: self._derivation.tensor_key_iv(self._schedule, label, names[i]),
-                self._derivation.key_bits,
-            )
-            return self._list.calls(transform, piece)
-        calls: list[Call] = []
-        for name, block in blocks.items():
-            schedule, start = self.stream(header, name)
-            calls += schedule.calls(transform, block.address, block.address, block.nbytes, start, piece)
-        return calls
-
-    def __enter__(self) -> NamedLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for schedule in self._streams.values():
-            schedule.wipe()
-        self._streams.clear()
-        if self._list is not None:
-            self._list.wipe()
-
-    def __repr__(self) -> str:
-        return f"NamedLock({self._schedule}, {self._derivation.key_bits} bits)"
+        if target.address == source.address:
+            lock.expect(lock.seals(whole, count))
+            buffers.note_written(result)
+            lock.unlock(whole, count)
+            return result
+        try:
+            buffers.note_written(result)
+            lock.expect(lock.unlock_and_seal(whole, count))
+        except BaseException:
+            buffers.wipe(target)
+            raise
+    return result
 
 
 def select(names: Iterable[str], only: Selection) -> list[str]:
@@ -370,33 +344,6 @@ def _check_names(tensors: Mapping[str, Any]) -> list[str]:
     return list(tensors)
 
 
-def _root(header: LockHeader, name: str) -> str:
-    """Give the name as which a tensor was locked."""
-    return header.tensors[name].same_as or name
-
-
-def _label(header: LockHeader) -> str:
-    """Give what stands for the S-Box where keys are derived."""
-    return header.sbox if isinstance(header.sbox, str) else header.sbox["sha256"]
-
-
-def _header_sbox(header: LockHeader, sbox: SBox | None) -> SBox:
-    if sbox is not None and not isinstance(sbox, SBox):
-        raise SBoxError(
-            f"sbox: got {type(sbox).__name__}, accepted is the SBox that the tensors were locked with, or None"
-        )
-    if isinstance(header.sbox, str):
-        expected = SBOXES[header.sbox]
-        if sbox is not None and sbox != expected:
-            raise SBoxError(f"sbox: got another S-Box than the header's, {header.sbox!r}; leave it away")
-        return expected
-    if sbox is None or sbox.sha256 != header.sbox["sha256"]:
-        raise SBoxError(
-            f"sbox: the tensors were locked with one whose SHA-256 is {header.sbox['sha256']}; give that one"
-        )
-    return sbox
-
-
 def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[Memory, str | None]]:
     """Give the memory of the chosen tensors, and for one that has the memory of an earlier one, that one's name."""
     blocks = buffers.named_memory(tensors, chosen)
@@ -433,17 +380,10 @@ def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[
     return storages
 
 
-def _run(
-    lock: NamedLock,
-    header: LockHeader,
-    storages: Mapping[str, tuple[Memory, str | None]],
-    direction: str,
-    threads: int,
-) -> None:
-    blocks = {name: block for name, (block, same_as) in storages.items() if same_as is None and block.nbytes}
-    if not blocks:
-        return
-    transform = Transform(lock.sbox, direction)
-    piece = transform.piece(sum(block.nbytes for block in blocks.values()), threads)
-    with lock:
-        transform.run(lock.calls(header, blocks, transform, piece), threads, in_place=True)
+def _ranges(storages: Mapping[str, tuple[Memory, str | None]], *, empty: bool) -> list[Range]:
+    """Give the ranges of all storages once, in place, and on demand those that are empty."""
+    return [
+        Range(name, block.address, block.address, block.nbytes)
+        for name, (block, same_as) in storages.items()
+        if same_as is None and (block.nbytes or empty)
+    ]

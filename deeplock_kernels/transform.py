@@ -20,6 +20,15 @@ _PAGE = 4096
 _BOX = Struct("q")
 
 
+def piece_bytes(tier: Tier, nbytes: int, threads: int) -> int:
+    """Say how many bytes one call should take out of `nbytes` in all: everything where threads do not pay."""
+    pace = tier.pace
+    if (threads == 1 and nbytes <= _LARGEST_PIECE * pace) or nbytes <= _SMALLEST_JOB * pace:
+        return max(nbytes, 1)
+    wanted = min(max(nbytes // (8 * threads), _SMALLEST_PIECE * pace), _LARGEST_PIECE * pace)
+    return -(-wanted // _PAGE) * _PAGE
+
+
 class Transform:
     """The kernels of a tier for an S-Box and a direction.
 
@@ -35,11 +44,11 @@ class Transform:
 
     def __init__(self, sbox: SBox, direction: str, tier: Tier | None = None) -> None:
         self._sbox, self._direction = sbox, direction
-        self._tier = tier or active_tier()
+        self.tier = tier or active_tier()
         self._form, self.box, self._kept = forms.choose(
-            sbox if direction == "lock" else sbox.inverse, self._tier.forms
+            sbox if direction == "lock" else sbox.inverse, self.tier.forms
         )
-        self.small = _SMALLEST_JOB * self._tier.pace
+        self.small = _SMALLEST_JOB * self.tier.pace
         self._kernels: dict[tuple[str, int], Kernel] = {}
         self._undoable = 0
 
@@ -54,7 +63,7 @@ class Transform:
         function = self._kernels.get((operation, bits))
         if function is None:
             name = KernelName(operation, bits, self._form, self._direction if bits else "")
-            function = self._kernels[operation, bits] = kernel(self._tier, name)
+            function = self._kernels[operation, bits] = kernel(self.tier, name)
         return function
 
     def call(
@@ -65,18 +74,18 @@ class Transform:
         return Call(self.kernel(operation, bits), (record,), before)
 
     def piece(self, nbytes: int, threads: int) -> int:
-        """Say how many bytes one call should take out of `nbytes` in all: everything where threads do not pay."""
-        pace = self._tier.pace
-        if (threads == 1 and nbytes <= _LARGEST_PIECE * pace) or nbytes <= self.small:
-            return max(nbytes, 1)
-        wanted = min(max(nbytes // (8 * threads), _SMALLEST_PIECE * pace), _LARGEST_PIECE * pace)
-        return -(-wanted // _PAGE) * _PAGE
+        """Say how many bytes one call should take; see `piece_bytes`."""
+        return piece_bytes(self.tier, nbytes, threads)
 
     def run(self, calls: Sequence[Call], threads: int, *, in_place: bool) -> None:
         """Run planned calls; if that fails half way, take back what was done in place."""
         if in_place:
             self.prepare_undo()
         pool.run(calls, threads, self.revert if in_place else None)
+
+    def take_back(self, calls: Sequence[Call]) -> None:
+        """Undo planned calls that were all run in place, whatever exceptions come meanwhile."""
+        pool.take_back(calls, self.revert)
 
     def prepare_undo(self) -> None:
         """Have the kernels that undo at hand before anything is done."""
@@ -93,4 +102,4 @@ class Transform:
         return Call(opposite.kernel(*what), (finished.arguments[0][:-8] + _BOX.pack(opposite.box),))
 
     def _opposite(self) -> Transform:
-        return Transform.of(self._sbox, "unlock" if self._direction == "lock" else "lock", self._tier)
+        return Transform.of(self._sbox, "unlock" if self._direction == "lock" else "lock", self.tier)

@@ -611,9 +611,9 @@ def test_self_test_sees_one_wrong_bit(tier, name, place):
             target = ctypes.c_int64.from_address(target).value
         ctypes.c_uint8.from_address(target + places[place]).value ^= 0x10
 
-    selftest.check(tier.name, name, right)
+    selftest.check(tier.name, name, right, sibling)
     with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{name}: got a wrong answer"):
-        selftest.check(tier.name, name, wrong)
+        selftest.check(tier.name, name, wrong, sibling)
 
 
 @pytest.fixture

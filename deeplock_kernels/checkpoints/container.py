@@ -31,6 +31,7 @@ __all__ = [
     "Table",
     "TensorEntry",
     "canonical_table",
+    "canonical_text",
     "entry",
     "insert_entry",
     "parse_table",
@@ -273,8 +274,7 @@ def remove_entry(table: Table) -> bytes:
 def canonical_table(table: Table) -> dict[str, Any]:
     """Give the table as a Python object without its lock header: what the mac covers as "file".
 
-    It is equal before locking and after. For that, a `__metadata__` with nothing (else) in it is left out, so
-    an empty one and none at all count as the same.
+    It is equal before locking and after: `__metadata__` is always there, empty if it has no other strings.
 
     Parameters
     ----------
@@ -284,7 +284,7 @@ def canonical_table(table: Table) -> dict[str, Any]:
     Returns
     -------
     dict
-        For each tensor {"dtype", "shape", "data_offsets"}, and "__metadata__" if it has other strings.
+        For each tensor {"dtype", "shape", "data_offsets"}, and "__metadata__" with its other strings.
     """
     canonical: dict[str, Any] = {
         tensor.name: {
@@ -294,10 +294,13 @@ def canonical_table(table: Table) -> dict[str, Any]:
         }
         for tensor in table.tensors.values()
     }
-    others = {name: string for name, string in (table.metadata or {}).items() if name != ENTRY_KEY}
-    if others:
-        canonical[_METADATA] = others
+    canonical[_METADATA] = {name: text for name, text in (table.metadata or {}).items() if name != ENTRY_KEY}
     return canonical
+
+
+def canonical_text(table: Table) -> str:
+    """Give `canonical_table` as canonical JSON: sorted keys, no white space, no escapes for what is not ASCII."""
+    return json.dumps(canonical_table(table), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 class _Member(NamedTuple):

@@ -8,17 +8,21 @@ not at all.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from functools import partial
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from deeplock_kernels.checkpoints.container import (
     Table,
     TensorEntry,
+    canonical_text,
     entry,
     insert_entry,
     parse_table,
@@ -29,11 +33,11 @@ from deeplock_kernels.errors import AlreadyLockedError, ContainerError, HeaderEr
 from deeplock_kernels.files import atomic_output, check_distinct, check_regular, file_errors, path_text
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.locking import find_sbox
-from deeplock_kernels.runtime.pool import Call, resolve_threads
+from deeplock_kernels.named_lock import Key, NamedLock, Seals
+from deeplock_kernels.pieces import BLOCK, Range
+from deeplock_kernels.runtime.pool import resolve_threads
 from deeplock_kernels.sboxes import SBox
-from deeplock_kernels.schedules import Schedule
-from deeplock_kernels.tensors import Key, NamedLock, Selection, select
-from deeplock_kernels.transform import Transform
+from deeplock_kernels.tensors import Selection, select
 
 Path = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
@@ -48,6 +52,7 @@ def lock_file(
     schedule: str = "counter",
     sbox: SBox | str = "aes",
     only: Selection = None,
+    seal: bool = True,
     threads: int | None = None,
     progress: Progress = None,
 ) -> LockHeader:
@@ -61,8 +66,8 @@ def lock_file(
     ----------
     src, dst
         Two different files. About 32 MiB of memory are used, whatever the size of the file.
-    key, schedule, sbox, only, threads
-        As for `lock_tensors`.
+    key, schedule, sbox, only, seal, threads
+        As for `lock_tensors`. The header's mac proves the file's table as well: names, dtypes, shapes, metadata.
     progress
         Called with the number of data bytes done since the last call.
 
@@ -84,15 +89,27 @@ def lock_file(
     """
     lock = NamedLock.new(key, schedule, find_sbox(sbox))
     count = resolve_threads(threads)
-    with _opened(src, dst) as (file, table):
+    check_distinct(src, dst)
+    with _opened(src) as (file, table):
         if entry(table) is not None:
             raise AlreadyLockedError(f"{table.source}: it is locked already; unlock it first")
         chosen = select(table.tensors, only)
-        header = lock.header({name: (table.tensors[name].nbytes, None) for name in chosen})
-        start = insert_entry(table, header.to_json())
-        with lock:
-            streams = {name: lock.stream(header, name) for name in chosen}
-            _write(file, table, dst, start, Transform(lock.sbox, "lock"), streams, count, progress)
+        lock.cover({name: (table.tensors[name].nbytes, None) for name in chosen})
+        text = canonical_text(table)
+        blank = lock.prove(dict.fromkeys(chosen, 0) if seal else None, text)
+        start = insert_entry(table, blank.to_json())
+        with lock, atomic_output(dst, size_hint=len(start) + table.data_bytes) as output:
+            output.write(start)
+            seals = dict.fromkeys(chosen, 0)
+
+            def change(ranges: list[Range]) -> None:
+                lock.lock(ranges, count, seal=seal, then=partial(_add, seals))
+
+            _write(file, table, output, change, chosen, progress)
+            header = lock.prove(seals if seal else None, text)
+            # Seals and mac are known only now; the header is no longer for them.
+            output.seek(0)
+            output.write(insert_entry(table, header.to_json()))
     return header
 
 
@@ -102,23 +119,28 @@ def unlock_file(
     key: Key,
     *,
     check: bool = True,
+    seal: bool = True,
     sbox: SBox | None = None,
     threads: int | None = None,
     progress: Progress = None,
 ) -> None:
     """Unlock a locked safetensors file into a new file, which is the file that was locked, byte for byte.
 
+    Seals are compared in the same pass; a file that was altered leaves no output.
+
     Parameters
     ----------
     src, dst, threads, progress
         As for `lock_file`.
-    key, check, sbox
+    key, check, seal, sbox
         As for `unlock_tensors`.
 
     Raises
     ------
     WrongKeyError
         The key is another one; nothing was written.
+    TamperedHeaderError, TamperedError
+        The header, the file's table or the tensor that the message names was altered; nothing was written.
     NotLockedError
         `src` has no lock header.
     ContainerError, HeaderError
@@ -127,13 +149,72 @@ def unlock_file(
         As for `lock_file`.
     """
     count = resolve_threads(threads)
-    with _opened(src, dst) as (file, table):
+    check_distinct(src, dst)
+    with _opened(src) as (file, table):
         header = _header(table)
         lock = NamedLock.from_header(key, header, check=check, sbox=sbox)
         start = remove_entry(table)
+        verified = check and seal and any(lock.sealed(name) for name in header.tensors)
+        with lock, atomic_output(dst, size_hint=len(start) + table.data_bytes) as output:
+            output.write(start)
+            seals = dict.fromkeys(header.tensors, 0)
+
+            def change(ranges: list[Range]) -> None:
+                if verified:
+                    _add(seals, lock.unlock_and_seal(ranges, count))
+                else:
+                    lock.unlock(ranges, count)
+
+            _write(file, table, output, change, header.tensors, progress)
+            if verified:
+                lock.expect(seals)
+
+
+def verify_file(path: Path, key: Key, *, threads: int | None = None, progress: Progress = None) -> LockHeader:
+    """Say whether a locked file is as the lock left it: its tensors, its header, and names, dtypes and shapes.
+
+    Parameters
+    ----------
+    path
+        A locked file; it is only read.
+    key
+        The master key that locked it.
+    threads, progress
+        As for `lock_file`.
+
+    Returns
+    -------
+    LockHeader
+        Its header.
+
+    Raises
+    ------
+    WrongKeyError
+        The key is another one.
+    TamperedHeaderError
+        The header or the file's table was altered.
+    TamperedError
+        The tensor that the message names was altered.
+    NotSealedError
+        It was locked without seals.
+    NotLockedError, ContainerError, HeaderError, FileAccessError, KeyTypeError, KeyFormatError, ParameterError
+        As for `unlock_file`.
+    """
+    count = resolve_threads(threads)
+    with _opened(path, "path") as (file, table):
+        header = _header(table)
+        lock = NamedLock.from_header(key, header, needs_sbox=False)
+        lock.must_be_sealed()
         with lock:
-            streams = {name: lock.stream(header, name) for name in header.tensors}
-            _write(file, table, dst, start, Transform(lock.sbox, "unlock"), streams, count, progress)
+            seals = dict.fromkeys(header.tensors, 0)
+            for window in _windows(table):
+                with _mapped(file, table, window) as source:
+                    ranges = [one for one in _ranges(window, source, source) if one.name in seals]
+                    _add(seals, lock.seals(ranges, count))
+                if progress is not None:
+                    progress(window.end - window.begin)
+            lock.expect(seals)
+    return header
 
 
 def read_header(path: Path) -> LockHeader:
@@ -160,14 +241,18 @@ def _header(table: Table) -> LockHeader:
                 f"{table.source}: the lock header gives {name!a} {record.nbytes} bytes, "
                 f"the file {table.tensors[name].nbytes}"
             )
-    return header
+    return dataclasses.replace(header, file=canonical_text(table))
+
+
+def _add(seals: Seals, found: Seals) -> None:
+    for name, seal in found.items():
+        seals[name] ^= seal
 
 
 @contextmanager
-def _opened(src: Path, dst: Path) -> Iterator[tuple[BinaryIO, Table]]:
-    """Open a source that is not the destination, and read its table."""
-    text = path_text(src, "src")
-    check_distinct(src, dst)
+def _opened(path: Path, argument: str = "src") -> Iterator[tuple[BinaryIO, Table]]:
+    """Open a file and read its table."""
+    text = path_text(path, argument)
     with file_errors(text, "read"):
         check_regular(text, "read", os.stat(text))
         file = open(text, "rb")  # noqa: SIM115 - closed below, outside this net for errors
@@ -177,75 +262,82 @@ def _opened(src: Path, dst: Path) -> Iterator[tuple[BinaryIO, Table]]:
         yield file, parse_table(file, size, source=text)
 
 
+class _Window(NamedTuple):
+    """The data bytes begin to end of a file, and the parts of tensors in them: (tensor, first byte, last byte + 1)."""
+
+    begin: int
+    end: int
+    parts: list[tuple[TensorEntry, int, int]]
+
+
+def _windows(table: Table) -> Iterator[_Window]:
+    """Cut the data of a file; a tensor that goes on in the next window is cut at a block of its seal.
+
+    A tensor without bytes is a part of the window where it lies, as it has a seal too.
+    """
+    waiting = deque(table.tensors.values())
+    begin = 0
+    while begin < table.data_bytes or waiting:
+        end = min(begin + WINDOW, table.data_bytes)
+        parts = []
+        while waiting and (waiting[0].start < end or waiting[0].nbytes == 0):
+            tensor = waiting[0]
+            low = max(tensor.start, begin)
+            if tensor.stop > end:
+                end -= (end - tensor.start) % BLOCK
+                if low < end:
+                    parts.append((tensor, low, end))
+                break
+            parts.append((tensor, low, tensor.stop))
+            waiting.popleft()
+        yield _Window(begin, end, parts)
+        begin = end
+
+
+def _ranges(window: _Window, target: int, source: int) -> list[Range]:
+    """Give the parts of a window's tensors, whose first bytes lie at these addresses."""
+    return [
+        Range(tensor.name, target + low - window.begin, source + low - window.begin, high - low, low - tensor.start)
+        for tensor, low, high in window.parts
+    ]
+
+
 def _write(
     file: BinaryIO,
     table: Table,
-    dst: Path,
-    start: bytes,
-    transform: Transform,
-    streams: Mapping[str, tuple[Schedule, int]],
-    threads: int,
+    output: BinaryIO,
+    change: Callable[[list[Range]], None],
+    names: Collection[str],
     progress: Progress,
 ) -> None:
-    """Write a file that starts with `start` and goes on with the data, transformed where there is a stream for it."""
-    tensors = [tensor for tensor in table.tensors.values() if tensor.nbytes]
+    """Write the data of a file, in which `change` transforms the tensors of these names."""
     buffer = np.empty(min(WINDOW, table.data_bytes), np.uint8)
-    with atomic_output(dst, size_hint=len(start) + table.data_bytes) as output:
-        output.write(start)
-        first = 0
-        for begin in range(0, table.data_bytes, WINDOW):
-            end = min(begin + WINDOW, table.data_bytes)
-            while first < len(tensors) and tensors[first].stop <= begin:
-                first += 1
-            with _mapped(file, table, begin, end) as source:
-                calls = _window(
-                    tensors, first, begin, end, source, buffer.ctypes.data, transform, streams, threads
-                )
-                if calls:
-                    transform.run(calls, threads, in_place=False)
-            output.write(buffer[: end - begin].data)
-            if progress is not None:
-                progress(end - begin)
-
-
-def _window(
-    tensors: list[TensorEntry],
-    first: int,
-    begin: int,
-    end: int,
-    source: int,
-    target: int,
-    transform: Transform,
-    streams: Mapping[str, tuple[Schedule, int]],
-    threads: int,
-) -> list[Call]:
-    """Plan the calls for the data bytes begin to end, and copy what is not to be transformed."""
-    calls: list[Call] = []
-    piece = transform.piece(end - begin, threads)
-    for tensor in tensors[first:]:
-        if tensor.start >= end:
-            break
-        low, high = max(tensor.start, begin), min(tensor.stop, end)
-        if tensor.name in streams:
-            schedule, position = streams[tensor.name]
-            offset = position + low - tensor.start
-            calls += schedule.calls(
-                transform, target + low - begin, source + low - begin, high - low, offset, piece
-            )
-        else:
-            ctypes.memmove(target + low - begin, source + low - begin, high - low)
-    return calls
+    target, chosen = buffer.ctypes.data, set(names)
+    for window in _windows(table):
+        length = window.end - window.begin
+        with _mapped(file, table, window) as source:
+            ranges = _ranges(window, target, source)
+            for one in ranges:
+                if one.name not in chosen:
+                    ctypes.memmove(one.target, one.source, one.nbytes)
+            change([one for one in ranges if one.name in chosen])
+        output.write(buffer[:length].data)
+        if progress is not None:
+            progress(length)
 
 
 @contextmanager
-def _mapped(file: BinaryIO, table: Table, begin: int, end: int) -> Iterator[int]:
-    """Map the data bytes begin to end of a file and give their address."""
-    position = table.data_start + begin
+def _mapped(file: BinaryIO, table: Table, window: _Window) -> Iterator[int]:
+    """Map a window of a file and give its address."""
+    if window.begin == window.end:
+        yield 0
+        return
+    position = table.data_start + window.begin
     aligned = position - position % mmap.ALLOCATIONGRANULARITY
     with file_errors(table.source, "read"):
         if os.fstat(file.fileno()).st_size < table.data_start + table.data_bytes:
             raise ContainerError(f"{table.source}: it became shorter while it was read; nothing was written")
-        length = table.data_start + end - aligned
+        length = table.data_start + window.end - aligned
         try:
             mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=aligned)
         except ValueError:  # it became shorter just now

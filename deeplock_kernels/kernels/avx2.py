@@ -7,6 +7,7 @@ from deeplock_kernels.simd import x86
 
 aes_stages = x86.aes_stages(128)
 aes_last_round = x86.aes_last_round(128)
+hash_operations = x86.hash_operations(128)
 aes_substitute, aes_substitute_inverse = x86.aes_substitutions(128)
 
 FORMS = {

@@ -7,6 +7,7 @@ from deeplock_kernels.simd import x86
 
 aes_stages = x86.aes_stages(512)
 aes_last_round = x86.aes_last_round(512)
+hash_operations = x86.hash_operations(512)
 
 FORMS = {
     "identity": boxes.IDENTITY,

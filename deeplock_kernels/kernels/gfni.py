@@ -7,6 +7,7 @@ from deeplock_kernels.simd import x86
 
 aes_stages = x86.aes_stages(256)
 aes_last_round = x86.aes_last_round(256)
+hash_operations = x86.hash_operations(256)
 
 FORMS = {
     "identity": boxes.IDENTITY,

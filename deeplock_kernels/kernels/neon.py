@@ -7,6 +7,7 @@ from deeplock_kernels.simd import aarch64
 
 aes_stages = aarch64.aes_stages
 aes_last_round = aarch64.aes_last_round
+hash_operations = aarch64.hash_operations
 
 FORMS = {
     "identity": boxes.IDENTITY,

@@ -13,7 +13,10 @@ import numpy as np
 from deeplock_kernels.kernels.house import inlined
 from deeplock_kernels.kernels.memory import (
     make_counter_list,
+    make_masked_list,
+    make_rekey_list,
     make_scratch,
+    make_sealed_list,
     read_byte,
     read_quad,
     write_byte,
@@ -21,6 +24,8 @@ from deeplock_kernels.kernels.memory import (
 )
 from deeplock_kernels.kernels.signatures import (
     RCON_PERIOD,
+    SEAL_KEY_BYTES,
+    SEAL_KEYS_BYTES,
     SEGMENT_ROUNDS,
     SEGMENTS_PER_GROUP,
     KernelName,
@@ -253,6 +258,235 @@ def _counter_list(name: KernelName) -> Any:
     return make_counter_list(inlined(_counter(name)))
 
 
+_ENTRIES = 256
+_TABLE = 16 * _ENTRIES
+
+
+def _reductions() -> Any:
+    """Give what each byte adds at the top when it is shifted out at the bottom (SP 800-38D section 6.3)."""
+    found = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (0xE100 if value & 1 else 0)
+        found.append(value)
+    return np.array(found)
+
+
+REDUCTIONS = _reductions()
+
+
+@inlined
+def load_half(address):
+    """Read 64 bits, most significant byte first."""
+    return (load_word(address) << 32) | load_word(address + 4)
+
+
+@inlined
+def write_half(address, half):
+    """Write 64 bits, most significant byte first."""
+    write_word(address, (half >> 32) & 0xFFFFFFFF)
+    write_word(address + 4, half & 0xFFFFFFFF)
+
+
+@inlined
+def shift_byte(high, low):
+    """Multiply a block by x^8."""
+    lost = int(REDUCTIONS[low & 255])
+    low = ((low >> 8) & 0xFFFFFFFFFFFFFF) | ((high & 255) << 56)
+    return ((high >> 8) & 0xFFFFFFFFFFFFFF) ^ (lost << 48), low
+
+
+@inlined
+def multiply_by_table(high, low, table):
+    """Multiply a block by the one whose table of multiples this is, byte by byte (V. Shoup's method)."""
+    product_high, product_low = 0, 0
+    for half in (low, high):
+        for shift in range(0, 64, 8):
+            product_high, product_low = shift_byte(product_high, product_low)
+            entry = table + 16 * ((half >> shift) & 255)
+            product_high ^= read_quad(entry)
+            product_low ^= read_quad(entry + 8)
+    return product_high, product_low
+
+
+@inlined
+def fill_table(table, high, low):
+    """Write the multiples of a block by each byte, whose top bit is the coefficient of x^0."""
+    write_quad(table, 0)
+    write_quad(table + 8, 0)
+    bit = 128
+    while bit > 0:
+        write_quad(table + 16 * bit, high)
+        write_quad(table + 16 * bit + 8, low)
+        for other in range(bit + bit, _ENTRIES, bit + bit):
+            write_quad(table + 16 * (other + bit), read_quad(table + 16 * other) ^ high)
+            write_quad(table + 16 * (other + bit) + 8, read_quad(table + 16 * other + 8) ^ low)
+        carry = low & 1
+        low = ((low >> 1) & 0x7FFFFFFFFFFFFFFF) | ((high & 1) << 63)
+        high = ((high >> 1) & 0x7FFFFFFFFFFFFFFF) ^ (carry * 0xE1 << 56)
+        bit >>= 1
+
+
+@inlined
+def absorb(high, low, source, nbytes, table):
+    """Go on with a hash over bytes, with zeros behind them up to a whole block (GHASH, SP 800-38D section 6.4)."""
+    for i in range(0, nbytes, 16):
+        if nbytes - i >= 16:
+            high ^= load_half(source + i)
+            low ^= load_half(source + i + 8)
+        else:
+            for j in range(nbytes - i):
+                value = read_byte(source + i + j) << (56 - 8 * (j & 7))
+                if j < 8:
+                    high ^= value
+                else:
+                    low ^= value
+        high, low = multiply_by_table(high, low, table)
+    return high, low
+
+
+@inlined
+def multiply(a_high, a_low, b_high, b_low):
+    """Multiply two blocks bit by bit (SP 800-38D section 6.3)."""
+    high, low = 0, 0
+    for i in range(128):
+        half = a_high if i < 64 else a_low
+        if (half >> (63 - (i & 63))) & 1:
+            high ^= b_high
+            low ^= b_low
+        carry = b_low & 1
+        b_low = ((b_low >> 1) & 0x7FFFFFFFFFFFFFFF) | ((b_high & 1) << 63)
+        b_high = ((b_high >> 1) & 0x7FFFFFFFFFFFFFFF) ^ (carry * 0xE1 << 56)
+    return high, low
+
+
+@inlined
+def publish(high, low, nbytes, offset, seal_keys, total, tag):
+    """Write the tag of a piece; see `kernels/seals.py`."""
+    behind = ((total + 15) >> 4) - ((offset + nbytes + 15) >> 4)
+    key_high, key_low = load_half(seal_keys), load_half(seal_keys + 8)
+    power_high, power_low = key_high, key_low
+    while behind > 0:
+        if behind & 1:
+            high, low = multiply(high, low, power_high, power_low)
+        power_high, power_low = multiply(power_high, power_low, power_high, power_low)
+        behind >>= 1
+    if offset == 0:
+        high ^= total << 3
+    high, low = multiply(high, low, key_high, key_low)
+    if offset == 0:
+        high ^= load_half(seal_keys + 16)
+        low ^= load_half(seal_keys + 24)
+    write_half(tag, high)
+    write_half(tag + 8, low)
+
+
+def _seal(_name: KernelName) -> Any:
+    scratch = make_scratch(_TABLE)
+
+    @inlined
+    def sealed(_target, source, nbytes, offset, _key, seal_keys, total, tag):
+        table = scratch()
+        fill_table(table, load_half(seal_keys), load_half(seal_keys + 8))
+        high, low = absorb(0, 0, source, nbytes, table)
+        publish(high, low, nbytes, offset, seal_keys, total, tag)
+
+    return make_sealed_list(sealed)
+
+
+def _change_again(name: KernelName) -> Any:
+    """Make the function that rekeys one byte with both key bytes, XORed."""
+    identity = name.form == "identity"
+
+    @inlined
+    def change_again(value, mask, box, inverse_box):
+        if identity:
+            return value ^ mask
+        return read_byte(box + (read_byte(inverse_box + value) ^ mask))
+
+    return change_again
+
+
+def _rekey_masked(name: KernelName) -> Any:
+    change_again = _change_again(name)
+
+    @inlined
+    def rekey_masked(target, source, nbytes, mask, box, inverse_box):
+        for i in range(nbytes):
+            value = change_again(read_byte(source + i), read_byte(mask + i), box, inverse_box)
+            write_byte(target + i, value)
+
+    return make_masked_list(rekey_masked)
+
+
+def _rekey(name: KernelName) -> Any:
+    stream = inlined(_counter(KernelName("counter", name.bits, "identity")))
+    change_again, scratch, mask_scratch = _change_again(name), make_scratch(_TABLE), make_scratch(_CHUNK)
+
+    @inlined
+    def rekey(target, source, nbytes, offset, key, seal_keys, total, tag, new_key, rcon, box, inverse_box):
+        table, mask = scratch(), mask_scratch()
+        fill_table(table, load_half(seal_keys), load_half(seal_keys + 8))
+        high, low = 0, 0
+        for i in range(0, nbytes, _CHUNK):
+            length = min(_CHUNK, nbytes - i)
+            for j in range(length):
+                write_byte(mask + j, 0)
+            stream(mask, mask, length, offset + i, key, rcon, 0)
+            stream(mask, mask, length, offset + i, new_key, rcon, 0)
+            for j in range(length):
+                value = change_again(read_byte(source + i + j), read_byte(mask + j), box, inverse_box)
+                write_byte(target + i + j, value)
+            high, low = absorb(high, low, target + i, length, table)
+        publish(high, low, nbytes, offset, seal_keys, total, tag)
+
+    return make_rekey_list(rekey)
+
+
+_CHUNK = 4096  # bytes that stay in the cache between locking and hashing them
+
+
+def _counter_sealed(name: KernelName) -> Any:
+    counter, scratch = inlined(_counter(name)), make_scratch(_TABLE)
+    unlocks = name.direction == "unlock"
+
+    @inlined
+    def sealed(target, source, nbytes, offset, key, seal_keys, total, tag, rcon, box):
+        table = scratch()
+        fill_table(table, load_half(seal_keys), load_half(seal_keys + 8))
+        high, low = 0, 0
+        for i in range(0, nbytes, _CHUNK):
+            length = min(_CHUNK, nbytes - i)
+            if unlocks:
+                high, low = absorb(high, low, source + i, length, table)
+            counter(target + i, source + i, length, offset + i, key, rcon, box)
+            if not unlocks:
+                high, low = absorb(high, low, target + i, length, table)
+        publish(high, low, nbytes, offset, seal_keys, total, tag)
+
+    return make_sealed_list(sealed)
+
+
+def _seal_keys(_name: KernelName) -> Any:
+    counter = inlined(_counter(KernelName("counter", 256, "identity")))
+    scratch = make_scratch(SEAL_KEY_BYTES + 16)
+
+    def seal_keys(target, source, count, rcon):
+        # The hash key and the mask are the key stream's first two blocks with a counter that starts at zero.
+        key = scratch()
+        for i in range(count):
+            for j in range(SEAL_KEY_BYTES):
+                write_byte(key + j, read_byte(source + SEAL_KEY_BYTES * i + j))
+            write_quad(key + SEAL_KEY_BYTES, 0)
+            write_quad(key + SEAL_KEY_BYTES + 8, 0)
+            place = target + SEAL_KEYS_BYTES * i
+            for j in range(0, 32, 8):
+                write_quad(place + j, 0)
+            counter(place, place, 32, 0, key, rcon, 0)
+
+    return seal_keys
+
+
 def _expansion(name: KernelName) -> Any:
     put = _put(name)
     load_state, advance = CHAINS[name.bits]
@@ -321,6 +555,17 @@ def _xor(_name: KernelName) -> Any:
     return xor
 
 
+def _xor_sum(_name: KernelName) -> Any:
+    def xor_sum(target, source, nbytes):
+        for place in range(0, 64, 8):
+            total = 0
+            for i in range(place, nbytes - 63 + place, 64):
+                total ^= read_quad(source + i)
+            write_quad(target + place, total)
+
+    return xor_sum
+
+
 def _copy(_name: KernelName) -> Any:
     def copy(target, source, nbytes):
         for i in range(0, nbytes - 7, 8):
@@ -333,10 +578,16 @@ _BUILDERS = {
     "counter": _counter,
     "counter_list": _counter_list,
     "counter_past_cache": _counter,
+    "counter_sealed": _counter_sealed,
+    "rekey": _rekey,
+    "rekey_masked": _rekey_masked,
+    "seal": _seal,
+    "seal_keys": _seal_keys,
     "expansion": _expansion,
     "expansion_chain": _expansion_chain,
     "expansion_indexed": _expansion_indexed,
     "substitute": _substitute,
     "copy_past_cache": _copy,
     "xor": _xor,
+    "xor_sum": _xor_sum,
 }

@@ -294,6 +294,22 @@ def run_one(function: Callable[..., None], arguments: tuple[Any, ...], undo: Und
         raise
 
 
+def take_back(calls: Sequence[Call], undo: Undo) -> None:
+    """Undo calls that are all done, here and to the end: exceptions that come meanwhile change nothing."""
+    done, attempts = list(calls), 0
+    while done and attempts < _ATTEMPTS:
+        try:
+            try:
+                attempts += 1
+                while done:
+                    back = undo(done[-1])
+                    done[-1:] = filter(None, starmap(back.function, (back.arguments,)))  # one step: drops the last
+            except BaseException:  # its caller has one to raise already
+                pass
+        except BaseException:
+            pass
+
+
 def _lead_elsewhere(job: _Job) -> None:
     led_here = False
     try:

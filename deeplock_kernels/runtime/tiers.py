@@ -72,14 +72,18 @@ TIERS = (
     _tier(
         "avx512",
         "AVX-512 BW and VBMI, GFNI, VAES",
-        "avx512f avx512bw avx512dq avx512vl avx512vbmi gfni vaes aes bmi2",
+        "avx512f avx512bw avx512dq avx512vl avx512vbmi gfni vaes vpclmulqdq aes pclmul bmi2",
         "identity aes aes_inverse affine table",
         16_000,
     ),
     _tier(
-        "gfni", "AVX2, GFNI, VAES", "avx2 gfni vaes aes bmi2", "identity aes aes_inverse affine table", 12_000
+        "gfni",
+        "AVX2, GFNI, VAES",
+        "avx2 gfni vaes vpclmulqdq aes pclmul bmi2",
+        "identity aes aes_inverse affine table",
+        12_000,
     ),
-    _tier("avx2", "AVX2, AES-NI", "avx2 aes bmi2", "identity aes aes_inverse table", 6_000),
+    _tier("avx2", "AVX2, AES-NI", "avx2 aes pclmul bmi2", "identity aes aes_inverse table", 6_000),
     _tier("neon", "AArch64 AES and TBL", "neon aes", "identity aes aes_inverse table", 3_000),
     _tier("portable", "plain code, tables in memory", "", "identity table", 200, constant_time=False),
 )
@@ -131,7 +135,8 @@ def _aarch64_features() -> frozenset[str]:
         capabilities = getauxval(16)
     except (AttributeError, OSError):
         return frozenset()
-    return frozenset(name for name, bit in (("neon", 1), ("aes", 3)) if capabilities >> bit & 1)
+    # What LLVM calls aes is both AES (bit 3) and PMULL (bit 4).
+    return frozenset(name for name, bits in (("neon", 0b10), ("aes", 0b11000)) if capabilities & bits == bits)
 
 
 def tiers() -> tuple[Tier, ...]:
@@ -220,7 +225,7 @@ def kernel(tier: Tier, name: KernelName) -> Kernel:
         found = _kernels.get((tier.name, name))
         if found is None:
             found = _load(tier, name)
-            selftest.check(tier.name, name, found)
+            selftest.check(tier.name, name, found, functools.partial(kernel, tier))
             _kernels[tier.name, name] = found
         return found
 

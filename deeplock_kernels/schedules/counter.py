@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
-from collections.abc import Callable, Sequence
-from functools import partial
 
 from deeplock_kernels.errors import KeyFormatError, KeyTypeError
-from deeplock_kernels.kernels.signatures import RECORD_BYTES, RECORDS
+from deeplock_kernels.kernels.signatures import RECORDS
 from deeplock_kernels.keys import MasterKey, key_bytes
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import Kernel
@@ -82,66 +79,3 @@ class CounterSchedule(Schedule):
             which = "counter" if start < head else operation
             calls.append(transform.call(which, self.bits, *where, self._address, RCON_ADDRESS))
         return calls
-
-
-class CounterList:
-    """Many buffers, each with a key and iv of its own, for a few native calls to work through.
-
-    Parameters
-    ----------
-    blocks
-        Address and number of bytes of each.
-    key_iv
-        Gives the key and behind it the iv of the i-th one. It is asked on the thread that is about to need them.
-    bits
-        The length of every key.
-    """
-
-    def __init__(self, blocks: Sequence[tuple[int, int]], key_iv: Callable[[int], bytes], bits: int) -> None:
-        self._blocks, self._key_iv, self._bits = blocks, key_iv, bits
-        self._stride = bits // 8 + 16
-        self._keys = bytearray(self._stride * len(blocks))
-        self._derived = bytearray(len(blocks))
-        self._records = array("q")
-
-    def calls(self, transform: Transform, piece: int) -> list[Call]:
-        """Plan the kernel calls that transform all of them in place, each on about `piece` bytes."""
-        stride, key = self._stride, ctypes.addressof(ctypes.c_char.from_buffer(self._keys))
-        records: list[int] = []
-        groups: list[tuple[int, list[int]]] = []  # where a call's records end, and whose they are
-        group, size = [], 0
-        # Large ones first, so that the small ones fill up what is left at the end.
-        for i in sorted(range(len(self._blocks)), key=lambda i: -self._blocks[i][1]):
-            address, nbytes = self._blocks[i]
-            for start in range(0, nbytes, piece):
-                length = min(piece, nbytes - start)
-                records += (address + start, address + start, length, start, key + i * stride)
-                group.append(i)
-                size += length
-                if size >= piece:
-                    groups.append((len(records), group))
-                    group, size = [], 0
-        if group:
-            groups.append((len(records), group))
-        self._records = array("q", records)
-        where, width, first, calls = self._records.buffer_info()[0], RECORD_BYTES // 8, 0, []
-        for end, group in groups:
-            arguments = (where + 8 * first, (end - first) // width, RCON_ADDRESS)
-            before = partial(self._derive, group)
-            calls.append(transform.call("counter_list", self._bits, *arguments, before=before))
-            first = end
-        if len(calls) == 1:  # nothing to derive beside
-            self._derive(groups[0][1])
-            return [calls[0]._replace(before=None)]
-        # A group of many small tensors takes long to derive, which one thread can do while another is busy.
-        return calls[:1] + calls[:0:-1]
-
-    def _derive(self, group: Sequence[int]) -> None:
-        for i in group:
-            if not self._derived[i]:
-                self._keys[i * self._stride : (i + 1) * self._stride] = self._key_iv(i)
-                self._derived[i] = True
-
-    def wipe(self) -> None:
-        """Fill the keys with zeros."""
-        self._keys[:] = bytes(len(self._keys))

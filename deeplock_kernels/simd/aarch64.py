@@ -12,9 +12,11 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from deeplock_kernels.simd.ghash import make_hash
 from deeplock_kernels.simd.vectors import (
     INVERSE_SHIFT_ROWS,
     SHIFT_ROWS,
+    as_lanes,
     byte,
     cipher_stages,
     constant,
@@ -33,6 +35,7 @@ INSTRUCTIONS = {
     "aese": ("llvm.aarch64.crypto.aese", 2, "aes"),
     "aesd": ("llvm.aarch64.crypto.aesd", 2, "aes"),
     "aesmc": ("llvm.aarch64.crypto.aesmc", 1, "aes"),
+    "pmull": ("llvm.aarch64.neon.pmull64", 2, "aes"),
     "tbl4": ("llvm.aarch64.neon.tbl4.v16i8", 5, "neon"),
     "tbx4": ("llvm.aarch64.neon.tbx4.v16i8", 6, "neon"),
 }
@@ -40,8 +43,8 @@ INSTRUCTIONS = {
 
 def call(builder: Any, row: str, values: Sequence[Any]) -> Any:
     """Call the intrinsic of a row on registers."""
-    name, arity, _ = INSTRUCTIONS[row]
-    kind = ir.FunctionType(_REGISTER, [_REGISTER] * arity)
+    name, _, _ = INSTRUCTIONS[row]
+    kind = ir.FunctionType(_REGISTER, [value.type for value in values])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
@@ -53,6 +56,17 @@ def _round(builder: Any, state: Any, keys: Sequence[Any], number: int) -> Any:
 
 
 aes_stages = cipher_stages(16, "w", _round)
+
+
+def _product(builder: Any, a: Any, b: Any, high_of_a: bool, high_of_b: bool) -> Any:
+    halves = [
+        builder.extract_element(as_lanes(builder, value, 64), ir.IntType(32)(high))
+        for value, high in ((a, high_of_a), (b, high_of_b))
+    ]
+    return call(builder, "pmull", halves)
+
+
+hash_operations = make_hash(16, _product)
 
 
 def _substitution(builder: Any, row: str, state: Any) -> Any:

@@ -132,8 +132,11 @@ def pinned(builder: Any, register: str, values: Sequence[Any]) -> list[Any]:
     """
     kinds = [value.type for value in values]
     constraints = [f"={register}"] * len(kinds) + [str(i) for i in range(len(kinds))]
-    kind = ir.FunctionType(ir.LiteralStructType(kinds), kinds)
+    result = ir.LiteralStructType(kinds) if len(kinds) > 1 else kinds[0]
+    kind = ir.FunctionType(result, kinds)
     together = builder.call(ir.InlineAsm(kind, "", ",".join(constraints), side_effect=True), values)
+    if len(kinds) == 1:
+        return [together]
     return [builder.extract_value(together, i) for i in range(len(kinds))]
 
 

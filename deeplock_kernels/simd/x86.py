@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from deeplock_kernels.simd.ghash import Hash, make_hash
 from deeplock_kernels.simd.vectors import (
     INVERSE_SHIFT_ROWS,
     SHIFT_ROWS,
@@ -59,6 +60,9 @@ INSTRUCTIONS = {
     "gf2p8affineinvqb_256": _row("llvm.x86.vgf2p8affineinvqb.256", 32, "gfni avx2"),
     "gf2p8affineqb_512": _row("llvm.x86.vgf2p8affineqb.512", 64, "gfni avx512f avx512bw"),
     "gf2p8affineinvqb_512": _row("llvm.x86.vgf2p8affineinvqb.512", 64, "gfni avx512f avx512bw"),
+    "pclmulqdq_128": _row("llvm.x86.pclmulqdq", 16, "pclmul", 64),
+    "pclmulqdq_256": _row("llvm.x86.pclmulqdq.256", 32, "vpclmulqdq avx2", 64),
+    "pclmulqdq_512": _row("llvm.x86.pclmulqdq.512", 64, "vpclmulqdq avx512f", 64),
     "pshufb_256": _row("llvm.x86.avx2.pshuf.b", 32, "avx2"),
     "vpermi2b_512": _row("llvm.x86.avx512.vpermi2var.qi.512", 64, "avx512f avx512vbmi"),
 }
@@ -106,6 +110,15 @@ def aes_last_round(width: int) -> Any:
         return widened(f"aesenclast_{min(width, state.type.count * 8)}", (state, key), builder)
 
     return last_round
+
+
+def hash_operations(width: int) -> Hash:
+    """Give GHASH in registers of `width` bits."""
+
+    def product(builder: Any, a: Any, b: Any, high_of_a: bool, high_of_b: bool) -> Any:
+        return call(builder, f"pclmulqdq_{width}", (a, b), high_of_a | high_of_b << 4)
+
+    return make_hash(width // 8, product)
 
 
 def galois_affine(width: int) -> tuple[Any, Any]:
