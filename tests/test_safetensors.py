@@ -681,6 +681,26 @@ def test_a_source_that_becomes_shorter(folder, monkeypatch, target):
         assert snapshot(folder) == before
 
 
+@targets
+def test_a_source_that_becomes_shorter_just_before_it_is_mapped(folder, monkeypatch, target):
+    original = mmap.mmap
+    for function, name in [(lock_file, "plain"), (unlock_file, "locked")]:
+        source, raw = folder / name, (folder / name).read_bytes()
+
+        def shorten_and_map(*arguments, source=source, raw=raw, **keywords):
+            os.truncate(source, len(raw) - 1)
+            return original(*arguments, **keywords)
+
+        before = snapshot(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(mmap, "mmap", shorten_and_map)
+            words = "it became shorter while it was read; nothing was written"
+            with pytest.raises(ContainerError, match=words):
+                function(source, folder / target, KEY)
+        source.write_bytes(raw)
+        assert snapshot(folder) == before
+
+
 FULL_DISK = """
 import resource, sys
 from deeplock_kernels import files
