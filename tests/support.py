@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import mmap
 import random
 
@@ -82,6 +83,16 @@ def openssl_key_stream(key, iv, nbytes, offset):
     counter = (int.from_bytes(iv, "big") + block) % 2**128
     encryptor = Cipher(algorithms.AES(key), modes.CTR(counter.to_bytes(16, "big"))).encryptor()
     return np.frombuffer(encryptor.update(bytes(skip + nbytes)), np.uint8)[skip:]
+
+
+def oracle_seal(key, header, name, locked):
+    """Compute the seal of a tensor's locked bytes."""
+    return reference.seal(reference.seal_key(key, header.salt, name), locked)
+
+
+def oracle_mac(key, header, file=None):
+    """Compute the mac of a header, in a file of this table."""
+    return reference.header_mac(reference.header_key(key, header.salt), json.loads(header.to_json()), file)
 
 
 def make_schedule(schedule, bits):
