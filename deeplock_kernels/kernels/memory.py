@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.core import types as numba_types
 from numba.extending import intrinsic, overload
 
-from deeplock_kernels.kernels.signatures import RECORD_BYTES, SEALED_RECORD_BYTES
+from deeplock_kernels.kernels.signatures import MASKED_RECORD_BYTES, RECORD_BYTES, REKEY_RECORD_BYTES, SEALED_RECORD_BYTES
 
 types: Any = numba_types
 
@@ -159,3 +159,30 @@ def make_sealed_list(sealed: Any) -> Any:
             sealed(target, source, nbytes, offset, key, seal_keys, total, tag, *common)
 
     return sealed_list
+
+
+def make_rekey_list(rekey: Any) -> Any:
+    """Make the kernel that runs a rekeying kernel on each of a list of records."""
+
+    def rekey_list(records, count, rcon, box, inverse_box):
+        for i in range(count):
+            record = records + REKEY_RECORD_BYTES * i
+            target, source = read_quad(record), read_quad(record + 8)
+            nbytes, offset = read_quad(record + 16), read_quad(record + 24)
+            key, seal_keys = read_quad(record + 32), read_quad(record + 40)
+            total, tag, new_key = read_quad(record + 48), read_quad(record + 56), read_quad(record + 64)
+            rekey(target, source, nbytes, offset, key, seal_keys, total, tag, new_key, rcon, box, inverse_box)
+
+    return rekey_list
+
+
+def make_masked_list(rekey: Any) -> Any:
+    """Make the kernel that rekeys each of a list of masked records."""
+
+    def masked_list(records, count, box, inverse_box):
+        for i in range(count):
+            record = records + MASKED_RECORD_BYTES * i
+            target, source = read_quad(record), read_quad(record + 8)
+            rekey(target, source, read_quad(record + 16), read_quad(record + 24), box, inverse_box)
+
+    return masked_list

@@ -13,6 +13,8 @@ import numpy as np
 from deeplock_kernels.kernels.house import inlined
 from deeplock_kernels.kernels.memory import (
     make_counter_list,
+    make_masked_list,
+    make_rekey_list,
     make_scratch,
     make_sealed_list,
     read_byte,
@@ -392,6 +394,55 @@ def _seal(_name: KernelName) -> Any:
     return make_sealed_list(sealed)
 
 
+def _change_again(name: KernelName) -> Any:
+    """Make the function that rekeys one byte with both key bytes, XORed."""
+    identity = name.form == "identity"
+
+    @inlined
+    def change_again(value, mask, box, inverse_box):
+        if identity:
+            return value ^ mask
+        return read_byte(box + (read_byte(inverse_box + value) ^ mask))
+
+    return change_again
+
+
+def _rekey_masked(name: KernelName) -> Any:
+    change_again = _change_again(name)
+
+    @inlined
+    def rekey_masked(target, source, nbytes, mask, box, inverse_box):
+        for i in range(nbytes):
+            value = change_again(read_byte(source + i), read_byte(mask + i), box, inverse_box)
+            write_byte(target + i, value)
+
+    return make_masked_list(rekey_masked)
+
+
+def _rekey(name: KernelName) -> Any:
+    stream = inlined(_counter(KernelName("counter", name.bits, "identity")))
+    change_again, scratch, mask_scratch = _change_again(name), make_scratch(_TABLE), make_scratch(_CHUNK)
+
+    @inlined
+    def rekey(target, source, nbytes, offset, key, seal_keys, total, tag, new_key, rcon, box, inverse_box):
+        table, mask = scratch(), mask_scratch()
+        fill_table(table, load_half(seal_keys), load_half(seal_keys + 8))
+        high, low = 0, 0
+        for i in range(0, nbytes, _CHUNK):
+            length = min(_CHUNK, nbytes - i)
+            for j in range(length):
+                write_byte(mask + j, 0)
+            stream(mask, mask, length, offset + i, key, rcon, 0)
+            stream(mask, mask, length, offset + i, new_key, rcon, 0)
+            for j in range(length):
+                value = change_again(read_byte(source + i + j), read_byte(mask + j), box, inverse_box)
+                write_byte(target + i + j, value)
+            high, low = absorb(high, low, target + i, length, table)
+        publish(high, low, nbytes, offset, seal_keys, total, tag)
+
+    return make_rekey_list(rekey)
+
+
 _CHUNK = 4096  # bytes that stay in the cache between locking and hashing them
 
 
@@ -504,6 +555,17 @@ def _xor(_name: KernelName) -> Any:
     return xor
 
 
+def _xor_sum(_name: KernelName) -> Any:
+    def xor_sum(target, source, nbytes):
+        for place in range(0, 64, 8):
+            total = 0
+            for i in range(place, nbytes - 63 + place, 64):
+                total ^= read_quad(source + i)
+            write_quad(target + place, total)
+
+    return xor_sum
+
+
 def _copy(_name: KernelName) -> Any:
     def copy(target, source, nbytes):
         for i in range(0, nbytes - 7, 8):
@@ -517,6 +579,8 @@ _BUILDERS = {
     "counter_list": _counter_list,
     "counter_past_cache": _counter,
     "counter_sealed": _counter_sealed,
+    "rekey": _rekey,
+    "rekey_masked": _rekey_masked,
     "seal": _seal,
     "seal_keys": _seal_keys,
     "expansion": _expansion,
@@ -525,4 +589,5 @@ _BUILDERS = {
     "substitute": _substitute,
     "copy_past_cache": _copy,
     "xor": _xor,
+    "xor_sum": _xor_sum,
 }

@@ -25,15 +25,17 @@ _AHEAD = 2048  # bytes between a load and the prefetch beside it
 class Seal(NamedTuple):
     """What a loop does with the locked bytes of its steps of 256 bytes.
 
-    `start() -> state`; for a whole step `begin`, `absorb` and `end` of a `Hash`; for a part of one,
-    `absorb_part(state, step, skip, taken, left, seal_keys) -> state`, where the part lies at step + skip and `left` are
-    the bytes from its start on; and `finish(state, seal_keys) -> hash`. A part that is not the last one is the first.
+    `start() -> state`; for a whole step `begin(state, seal_keys) -> sums`, `absorb` of a `Hash` with the first three
+    rows, and `pend(sums, row) -> state` with the fourth, which is hashed when the next step begins: what is computed
+    just now is waited for less. For a part of a step `absorb_part(state, step, skip, taken, left, seal_keys) -> state`,
+    where the part lies at step + skip and `left` are the bytes from its start on; a part that is not the last one is
+    the first. And `finish(state, seal_keys) -> hash`.
     """
 
     start: Any
     begin: Any
     absorb: tuple[Any, ...]
-    end: Any
+    pend: Any
     absorb_part: Any
     finish: Any
 
@@ -54,31 +56,40 @@ def _absorb_nothing(state, row, seal_keys):
 
 
 @inlined
+def _pend_nothing(state, row):
+    return state
+
+
+@inlined
 def _absorb_no_part(state, step, skip, taken, left, seal_keys):
     return state
 
 
 NO_SEAL = Seal(
-    _start_nothing, _begin_nothing, (_absorb_nothing,) * 3, _absorb_nothing, _absorb_no_part, _begin_nothing
+    _start_nothing, _begin_nothing, (_absorb_nothing,) * 3, _pend_nothing, _absorb_no_part, _begin_nothing
 )
 
 
 def make_seal(tier: Any) -> Seal:
-    """Make the seal of a tier. Its state is that of the hash, whether its last step was cut, and the hash then."""
+    """Make the seal of a tier.
+
+    Its state is the sums and the last row of a step that is not ended, and where the last step was cut, the hash.
+    """
     start, begin, (first, second, third), end, fold, last_step, _ = hashed = tier.hash_operations
     scratch = make_scratch(2 * STEP)
 
     @inlined
     def start_seal():
-        return start(), splat(u8x16, 0), False
+        nothing = start()
+        return (nothing, nothing, nothing), splat(u8x64, 0), splat(u8x16, 0), False
 
     @inlined
     def begin_step(state, seal_keys):
-        return begin(state[0], seal_keys)
+        return begin(end(state[0], state[1], seal_keys), seal_keys)
 
     @inlined
-    def end_step(sums, row, seal_keys):
-        return end(sums, row, seal_keys), splat(u8x16, 0), False
+    def pend(sums, row):
+        return sums, row, splat(u8x16, 0), False
 
     @inlined
     def absorb_part(state, step, skip, taken, left, seal_keys):
@@ -88,23 +99,23 @@ def make_seal(tier: Any) -> Seal:
         place = room + STEP
         copy(place + skip, step + skip, taken)
         if taken < left:  # the first step: the zeros before it change nothing
-            sums = begin(state[0], seal_keys)
+            sums = begin_step(state, seal_keys)
             sums = first(sums, load(u8x64, place), seal_keys)
             sums = second(sums, load(u8x64, place + 64), seal_keys)
             sums = third(sums, load(u8x64, place + 128), seal_keys)
-            return end(sums, load(u8x64, place + 192), seal_keys), splat(u8x16, 0), False
+            return pend(sums, load(u8x64, place + 192))
         # The last one: the hash of all before joins its first block, and zeros before them fill 256 bytes.
-        store(place, load(u8x16, place) ^ turned(fold(state[0], seal_keys)))
+        store(place, load(u8x16, place) ^ turned(fold(end(state[0], state[1], seal_keys), seal_keys)))
         stop = (skip + taken + TAG_BYTES - 1) & -TAG_BYTES
-        return state[0], last_step(room + stop, seal_keys), True
+        return state[0], state[1], last_step(room + stop, seal_keys), True
 
     @inlined
     def finish(state, seal_keys):
-        if state[2]:
-            return state[1]
-        return fold(state[0], seal_keys)
+        if state[3]:
+            return state[2]
+        return fold(end(state[0], state[1], seal_keys), seal_keys)
 
-    return Seal(start_seal, begin_step, hashed.absorb, end_step, absorb_part, finish)
+    return Seal(start_seal, begin_step, hashed.absorb, pend, absorb_part, finish)
 
 
 def make_publish(tier: Any) -> Any:
@@ -134,7 +145,7 @@ def make_publish(tier: Any) -> Any:
 def make_seal_list(tier: Any) -> Any:
     """Make the kernel that hashes the pieces of a list of records as they are."""
     seal, publish = make_seal(tier), make_publish(tier)
-    begin, (first, second, third), end = seal.begin, seal.absorb, seal.end
+    begin, (first, second, third), pend = seal.begin, seal.absorb, seal.pend
     start, absorb_part, finish = seal.start, seal.absorb_part, seal.finish
 
     @inlined
@@ -156,7 +167,7 @@ def make_seal_list(tier: Any) -> Any:
             sums = first(sums, row(at), seal_keys)
             sums = second(sums, row(at + 64), seal_keys)
             sums = third(sums, row(at + 128), seal_keys)
-            state = end(sums, row(at + 192), seal_keys)
+            state = pend(sums, row(at + 192))
             at += STEP
         left &= STEP - 1
         if left > 0:

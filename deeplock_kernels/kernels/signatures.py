@@ -9,6 +9,8 @@ record, `RECORDS[operation].pack(...)`, because ctypes charges for each argument
 | counter_past_cache | the same; for large separate buffers, target a multiple of 64 and offset of 16     |
 | counter_list       | records, count, rcon, box                                                          |
 | counter_sealed     | sealed records, count, rcon, box                                                   |
+| rekey              | rekey records, count, rcon, box, inverse box                                       |
+| rekey_masked       | masked records, count, box, inverse box                                            |
 | seal               | sealed records, count                                                              |
 | seal_keys          | target, source, count, rcon                                                        |
 | expansion          | target, source, nbytes, offset, states, rcon, box                                  |
@@ -17,6 +19,7 @@ record, `RECORDS[operation].pack(...)`, because ctypes charges for each argument
 | substitute         | target, source, nbytes, box                                                        |
 | copy_past_cache    | target, source, nbytes                                                             |
 | xor                | target, nbytes, value                                                              |
+| xor_sum            | target, source, nbytes                                                             |
 
 `target` is `source` or does not overlap it. `offset` is the position of the first byte in the key stream. `key`
 points to the AES key and, right behind it, the 16 bytes of the counter's start. A record is five integers: target,
@@ -26,6 +29,9 @@ A sealed record has three more: the tensor's seal keys, its number of bytes in a
 Its `offset` is a multiple of 16. Tags of all pieces of a tensor, XORed, are its seal (SP 800-38D, GMAC) over the locked
 bytes: `counter_sealed` locks them, or unlocks them, and `seal` only reads them, at `source`. `seal_keys` makes
 `SEAL_KEYS_BYTES` at `target` of each key of 32 bytes at `source`; what they hold is the tier's own affair.
+
+A rekey record is a sealed one of the new lock, with the old key, and behind it the new key. A masked record is four
+integers: target, source, nbytes, and the address of the old key stream XORed with the new one.
 
 `states` points to saved states of the chain: `expansion` starts from the first one, at the segment start that its
 `offset` counts from; `expansion_chain` starts there too and writes the next `segments` states after it;
@@ -44,6 +50,8 @@ ARITY = {
     "counter_past_cache": 7,
     "counter_list": 4,
     "counter_sealed": 4,
+    "rekey": 5,
+    "rekey_masked": 4,
     "seal": 2,
     "seal_keys": 4,
     "expansion": 7,
@@ -52,6 +60,7 @@ ARITY = {
     "substitute": 4,
     "copy_past_cache": 3,
     "xor": 3,
+    "xor_sum": 3,
 }
 
 RECORDS = {operation: Struct(f"{count}q") for operation, count in ARITY.items()}
@@ -61,6 +70,8 @@ SEGMENTS_PER_GROUP = 4
 RCON_PERIOD = 51
 RECORD_BYTES = 40
 SEALED_RECORD_BYTES = 64
+REKEY_RECORD_BYTES = 72
+MASKED_RECORD_BYTES = 32
 SEAL_KEYS_BYTES = 272
 SEAL_KEY_BYTES = 32
 TAG_BYTES = 16
@@ -102,16 +113,19 @@ class KernelName(NamedTuple):
         return "_".join(str(part) for part in self if part)
 
 
+INVERSE_FORMS = {"aes": "aes_inverse", "aes_inverse": "aes"}  # of others the inverse has the same form
+
 # A form that is one S-Box alone is of use in one direction.
 _DIRECTIONS = {"aes": ("lock",), "aes_inverse": ("unlock",)}
 
 
 def every_name(forms: tuple[str, ...]) -> list[KernelName]:
     """List the kernels that a tier with these S-Box forms uses for the named S-Boxes."""
-    names = [KernelName(operation) for operation in ("xor", "copy_past_cache", "seal", "seal_keys")]
+    names = [KernelName(operation) for operation in ("xor", "xor_sum", "copy_past_cache", "seal", "seal_keys")]
     names += [KernelName("expansion_chain", bits) for bits in (128, 192, 256)]
     for form in forms:
-        names.append(KernelName("substitute", form=form))
+        names += [KernelName(operation, form=form) for operation in ("substitute", "rekey_masked")]
+        names += [KernelName("rekey", bits, form) for bits in (128, 192, 256)]
         names += [
             KernelName(operation, bits, form, direction)
             for operation in (

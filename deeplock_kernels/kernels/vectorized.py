@@ -12,11 +12,11 @@ in between, so that the units which AES leaves free find work: a table look-up t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from deeplock_kernels.kernels.chains import BARE_CHAINS, CHAINS, round_keys
 from deeplock_kernels.kernels.house import inlined
-from deeplock_kernels.kernels.memory import make_counter_list, make_sealed_list
+from deeplock_kernels.kernels.memory import make_counter_list, make_masked_list, make_rekey_list, make_sealed_list
 from deeplock_kernels.kernels.seals import (
     NO_SEAL,
     Seal,
@@ -26,6 +26,7 @@ from deeplock_kernels.kernels.seals import (
     make_seal_list,
 )
 from deeplock_kernels.kernels.signatures import (
+    INVERSE_FORMS,
     RCON_PERIOD,
     SEGMENT_ROUNDS,
     SEGMENTS_PER_GROUP,
@@ -46,6 +47,7 @@ from deeplock_kernels.simd.vectors import (
     store_past_cache,
     transpose,
     u8x64,
+    xor,
 )
 
 LONG = 4096  # bytes from which on it pays to align the steps: up to a fifth of the speed in memory
@@ -96,23 +98,112 @@ def _encrypt(tier: Any) -> Any:
     return encrypt
 
 
-def _counter_loop(tier: Any, name: KernelName, seal: Seal) -> Any:
-    """Make the loop of the counter schedule, which seals what it locks, or checks what it unlocks, as it goes by."""
-    put, encrypt = _put(tier, name), _encrypt(tier)
-    first, second, third, fourth = tier.aes_stages
+class _Stream(NamedTuple):
+    """Where a loop's key stream comes from, 256 bytes at a time, and what it does with it.
+
+    `expand(key, new_key, rcon) -> keys`; `blocks(key, new_key, number) -> blocks`, which the four `stages`
+    (blocks, keys) encrypt and `stream(blocks)` makes the key stream of. `load_boxes(box, inverse_box) -> box` and
+    `put(target, source, stream, box) -> locked bytes` are for 64 bytes of it.
+    """
+
+    expand: Any
+    blocks: Any
+    stages: tuple[Any, ...]
+    stream: Any
+    load_boxes: Any
+    put: Any
+
+
+def _one_stream(tier: Any, name: KernelName) -> _Stream:
+    """Lock or unlock with one key."""
+    expand_key, key_bytes = round_keys(name.bits, tier.aes_last_round), name.bits // 8
     load_box = tier.FORMS[name.form][0]
-    expand = round_keys(name.bits, tier.aes_last_round)
-    key_bytes = name.bits // 8
+
+    @inlined
+    def expand(key, new_key, rcon):
+        return expand_key(key, rcon)
+
+    @inlined
+    def blocks(key, new_key, number):
+        return counter_blocks(key + key_bytes, number)
+
+    @inlined
+    def stream(encrypted):
+        return encrypted
+
+    @inlined
+    def load_boxes(box, inverse_box):
+        return load_box(box)
+
+    return _Stream(expand, blocks, tier.aes_stages, stream, load_boxes, _put(tier, name))
+
+
+def _two_streams(tier: Any, name: KernelName) -> _Stream:
+    """Unlock with one key and lock with another; the plain bytes are in registers alone."""
+    expand_key, key_bytes = round_keys(name.bits, tier.aes_last_round), name.bits // 8
+    load_box, load_inverse = (tier.FORMS[form][0] for form in _forms_both_ways(name))
+
+    @inlined
+    def expand(key, new_key, rcon):
+        return expand_key(key, rcon), expand_key(new_key, rcon)
+
+    @inlined
+    def blocks(key, new_key, number):
+        return counter_blocks(key + key_bytes, number), counter_blocks(new_key + key_bytes, number)
+
+    def twice(stage: Any) -> Any:
+        @inlined
+        def both(encrypted, keys):
+            return stage(encrypted[0], keys[0]), stage(encrypted[1], keys[1])
+
+        return both
+
+    @inlined
+    def stream(encrypted):
+        return xor(encrypted[0], encrypted[1])
+
+    @inlined
+    def load_boxes(box, inverse_box):
+        return load_box(box), load_inverse(inverse_box)
+
+    stages = tuple(twice(stage) for stage in tier.aes_stages)
+    return _Stream(expand, blocks, stages, stream, load_boxes, _put_again(tier, name))
+
+
+def _forms_both_ways(name: KernelName) -> tuple[str, str]:
+    return name.form, INVERSE_FORMS.get(name.form, name.form)
+
+
+def _put_again(tier: Any, name: KernelName) -> Any:
+    """Make the function that rekeys 64 bytes with both key streams, XORed."""
+    apply, apply_inverse = (tier.FORMS[form][1] for form in _forms_both_ways(name))
+
+    @inlined
+    def put(target, source, stream, box):
+        prefetch(source + AHEAD)
+        locked = apply(apply_inverse(load(u8x64, source), box[1]) ^ stream, box[0])
+        store(target, locked)
+        return locked
+
+    return put
+
+
+def _counter_loop(name: KernelName, cipher: _Stream, seal: Seal) -> Any:
+    """Make the loop of the counter schedule, which seals what it locks, or checks what it unlocks, as it goes by."""
+    expand, blocks, (first, second, third, fourth), make_stream, load_boxes, put = cipher
     scratch = make_scratch(STEP)
-    begin, (absorb, absorb_second, absorb_third), end = seal.begin, seal.absorb, seal.end
+    begin, (absorb, absorb_second, absorb_third), pend = seal.begin, seal.absorb, seal.pend
     start_seal, absorb_part, finish = seal.start, seal.absorb_part, seal.finish
     unlocks = name.direction == "unlock"
 
     @inlined
-    def loop(target, source, nbytes, offset, key, rcon, box_address, seal_keys):
-        keys = expand(key, rcon)
-        box = load_box(box_address)
-        start = key + key_bytes
+    def encrypt(plain, keys):
+        return fourth(third(second(first(plain, keys), keys), keys), keys)
+
+    @inlined
+    def loop(target, source, nbytes, offset, key, new_key, rcon, box_address, inverse_box, seal_keys):
+        keys = expand(key, new_key, rcon)
+        box = load_boxes(box_address, inverse_box)
         part = scratch()
         state = start_seal()
         skip = offset & 15
@@ -120,20 +211,24 @@ def _counter_loop(tier: Any, name: KernelName, seal: Seal) -> Any:
             skip |= target & 240  # the first step is cut so that the others lie on boundaries of 256 bytes
         block = (offset - skip) >> 4
         while nbytes > 0:
-            stream = encrypt(counter_blocks(start, block), keys)
+            stream = make_stream(encrypt(blocks(key, new_key, block), keys))
             if skip == 0:
                 for _ in range(nbytes >> 8):
                     block += 16
                     sums = begin(state, seal_keys)
-                    following = first(counter_blocks(start, block), keys)
-                    sums = absorb(sums, put(target, source, stream[0], box), seal_keys)
+                    following = first(blocks(key, new_key, block), keys)
+                    row = put(target, source, stream[0], box)
                     following = second(following, keys)
-                    sums = absorb_second(sums, put(target + 64, source + 64, stream[1], box), seal_keys)
+                    row_second = put(target + 64, source + 64, stream[1], box)
+                    sums = absorb(sums, row, seal_keys)
                     following = third(following, keys)
-                    sums = absorb_third(sums, put(target + 128, source + 128, stream[2], box), seal_keys)
+                    row_third = put(target + 128, source + 128, stream[2], box)
+                    sums = absorb_second(sums, row_second, seal_keys)
                     following = fourth(following, keys)
-                    state = end(sums, put(target + 192, source + 192, stream[3], box), seal_keys)
-                    stream = following
+                    row_fourth = put(target + 192, source + 192, stream[3], box)
+                    sums = absorb_third(sums, row_third, seal_keys)
+                    state = pend(sums, row_fourth)
+                    stream = make_stream(following)
                     target += STEP
                     source += STEP
                 nbytes &= STEP - 1
@@ -160,10 +255,10 @@ def _counter_loop(tier: Any, name: KernelName, seal: Seal) -> Any:
 
 
 def _counter(tier: Any, name: KernelName) -> Any:
-    loop = _counter_loop(tier, name, NO_SEAL)
+    loop = _counter_loop(name, _one_stream(tier, name), NO_SEAL)
 
     def counter(target, source, nbytes, offset, key, rcon, box):
-        loop(target, source, nbytes, offset, key, rcon, box, 0)
+        loop(target, source, nbytes, offset, key, key, rcon, box, box, 0)
 
     return counter
 
@@ -196,13 +291,46 @@ def _counter_list(tier: Any, name: KernelName) -> Any:
 
 
 def _counter_sealed(tier: Any, name: KernelName) -> Any:
-    loop, publish = _counter_loop(tier, name, make_seal(tier)), make_publish(tier)
+    loop, publish = _counter_loop(name, _one_stream(tier, name), make_seal(tier)), make_publish(tier)
 
     @inlined
     def counter_sealed(target, source, nbytes, offset, key, seal_keys, total, tag, rcon, box):
-        publish(loop(target, source, nbytes, offset, key, rcon, box, seal_keys), nbytes, offset, seal_keys, total, tag)
+        digest = loop(target, source, nbytes, offset, key, key, rcon, box, box, seal_keys)
+        publish(digest, nbytes, offset, seal_keys, total, tag)
 
     return make_sealed_list(counter_sealed)
+
+
+def _rekey(tier: Any, name: KernelName) -> Any:
+    loop, publish = _counter_loop(name, _two_streams(tier, name), make_seal(tier)), make_publish(tier)
+
+    @inlined
+    def rekey(target, source, nbytes, offset, key, seal_keys, total, tag, new_key, rcon, box, inverse_box):
+        digest = loop(target, source, nbytes, offset, key, new_key, rcon, box, inverse_box, seal_keys)
+        publish(digest, nbytes, offset, seal_keys, total, tag)
+
+    return make_rekey_list(rekey)
+
+
+def _rekey_masked(tier: Any, name: KernelName) -> Any:
+    load_box, load_inverse = (tier.FORMS[form][0] for form in _forms_both_ways(name))
+    put, scratch, mask_scratch = _put_again(tier, name), make_scratch(64), make_scratch(64)
+
+    @inlined
+    def rekey_masked(target, source, nbytes, mask, box_address, inverse_box):
+        box = load_box(box_address), load_inverse(inverse_box)
+        part, mask_part = scratch(), mask_scratch()
+        whole = nbytes & ~63
+        for i in range(0, whole, 64):
+            put(target + i, source + i, load(u8x64, mask + i), box)
+        left = nbytes - whole
+        if left > 0:
+            copy(part, source + whole, left)
+            copy(mask_part, mask + whole, left)
+            put(part, part, load(u8x64, mask_part), box)
+            copy(target + whole, part, left)
+
+    return make_masked_list(rekey_masked)
 
 
 def _seal(tier: Any, _name: KernelName) -> Any:
@@ -334,16 +462,29 @@ def _substitute(tier: Any, name: KernelName) -> Any:
     return substitute
 
 
-def _xor(_tier: Any, _name: KernelName) -> Any:
+def _xor_in_place(_tier: Any, _name: KernelName) -> Any:
     """Make the measure of what memory allows: XOR a buffer in place with one byte, whole steps of 64 bytes only."""
 
-    def xor(target, nbytes, value):
+    def xor_in_place(target, nbytes, value):
         key = splat(u8x64, value)
         for i in range(0, nbytes - 63, 64):
             prefetch(target + i + AHEAD)
             store(target + i, load(u8x64, target + i) ^ key)
 
-    return xor
+    return xor_in_place
+
+
+def _xor_sum(_tier: Any, _name: KernelName) -> Any:
+    """Make the measure of what reading allows: the XOR of all 64-byte rows, whole ones only."""
+
+    def xor_sum(target, source, nbytes):
+        total = splat(u8x64, 0)
+        for i in range(0, nbytes - 63, 64):
+            prefetch(source + i + AHEAD)
+            total = total ^ load(u8x64, source + i)
+        store(target, total)
+
+    return xor_sum
 
 
 def _copy_past_cache(_tier: Any, _name: KernelName) -> Any:
@@ -363,6 +504,8 @@ _BUILDERS = {
     "counter_list": _counter_list,
     "counter_past_cache": _counter_past_cache,
     "counter_sealed": _counter_sealed,
+    "rekey": _rekey,
+    "rekey_masked": _rekey_masked,
     "seal": _seal,
     "seal_keys": _seal_keys,
     "expansion": _expansion,
@@ -370,5 +513,6 @@ _BUILDERS = {
     "expansion_indexed": _expansion_indexed,
     "substitute": _substitute,
     "copy_past_cache": _copy_past_cache,
-    "xor": _xor,
+    "xor": _xor_in_place,
+    "xor_sum": _xor_sum,
 }

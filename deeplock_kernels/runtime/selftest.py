@@ -12,6 +12,7 @@ from hashlib import sha256
 from deeplock_kernels import reference
 from deeplock_kernels.errors import SelfTestError
 from deeplock_kernels.kernels.signatures import (
+    INVERSE_FORMS,
     RCON_START,
     RCON_WORDS,
     RECORDS,
@@ -187,6 +188,39 @@ def _check_counter_sealed(name: KernelName, function: Callable[..., None], seal_
     return data.raw == expected + b"\0" and sealed.seal() == reference.seal(_KEY, locked)
 
 
+def _boxes(name: KernelName) -> tuple[bytes, bytes, bytes]:
+    """Give the table that a rekeying kernel is tested with, its parameters and those of its inverse."""
+    for box in (AES, AES.inverse, SBox(bytes(range(256)))):
+        data = parameters(box, name.form)
+        inverse = parameters(box.inverse, INVERSE_FORMS.get(name.form, name.form))
+        if data is not None and inverse is not None:
+            return box.table, data, inverse
+    raise AssertionError(name.form)
+
+
+def _check_rekey(name: KernelName, function: Callable[..., None], seal_keys: Callable[..., None]) -> bool:
+    length = name.bits // 8
+    old, new = _KEY[:length] + _START, _KEY[-length:] + bytes(16)
+    table, box, inverse = _boxes(name)
+    data = ctypes.create_string_buffer(_plain(_NBYTES))
+    sealed = _Sealed(seal_keys, ctypes.addressof(data), _address(old))
+    fields = list(sealed.records)
+    records = (ctypes.c_int64 * 18)(*fields[:8], _address(new), *fields[8:], _address(new))
+    function(ctypes.addressof(records), 2, _RCON, _address(box), _address(inverse))
+    streams = (reference.counter_keystream(key[:length], key[length:], _NBYTES) for key in (old, new))
+    expected = reference.rekey(_plain(_NBYTES), *streams, table)
+    return data.raw == expected + b"\0" and sealed.seal() == reference.seal(_KEY, expected)
+
+
+def _check_rekey_masked(name: KernelName, function: Callable[..., None]) -> bool:
+    table, box, inverse = _boxes(name)
+    data, mask = ctypes.create_string_buffer(_plain(_NBYTES)), _plain(_NBYTES)[::-1]
+    address = ctypes.addressof(data)
+    record = (ctypes.c_int64 * 4)(address, address, _NBYTES, _address(mask))
+    function(ctypes.addressof(record), 1, _address(box), _address(inverse))
+    return data.raw == reference.rekey(_plain(_NBYTES), mask, bytes(_NBYTES), table) + b"\0"
+
+
 def _check_expansion(name: KernelName, function: Callable[..., None]) -> bool:
     key = _KEY[: name.bits // 8]
     table, box = _box(name)
@@ -237,6 +271,13 @@ def _check_xor(_name: KernelName, function: Callable[..., None]) -> bool:
     return data.raw == bytes(x ^ 0xA5 for x in _plain(256)) + b"\0"
 
 
+def _check_xor_sum(_name: KernelName, function: Callable[..., None]) -> bool:
+    data, total = _plain(300), ctypes.create_string_buffer(65)
+    function(ctypes.addressof(total), _address(data), 300)
+    rows = zip(*(data[i : i + 64] for i in range(0, 256, 64)), strict=True)
+    return total.raw == bytes(a ^ b ^ c ^ d for a, b, c, d in rows) + b"\0"
+
+
 def _check_copy(_name: KernelName, function: Callable[..., None]) -> bool:
     room = ctypes.create_string_buffer(512)
     target = ctypes.addressof(room) + -ctypes.addressof(room) % 64
@@ -253,6 +294,7 @@ _RCON = _address(RCON_WORDS) + RCON_START
 _SEAL_KEYS = KernelName("seal_keys")
 _SEALING: dict[str, Callable[[KernelName, Callable[..., None], Callable[..., None]], bool]] = {
     "counter_sealed": _check_counter_sealed,
+    "rekey": _check_rekey,
     "seal": _check_seal,
 }
 _CHECKS: dict[str, Callable[[KernelName, Callable[..., None]], bool]] = {
@@ -262,8 +304,10 @@ _CHECKS: dict[str, Callable[[KernelName, Callable[..., None]], bool]] = {
     "expansion": _check_expansion,
     "expansion_chain": _check_expansion_chain,
     "expansion_indexed": _check_expansion_indexed,
+    "rekey_masked": _check_rekey_masked,
     "seal_keys": _check_seal_keys,
     "substitute": _check_substitute,
     "copy_past_cache": _check_copy,
     "xor": _check_xor,
+    "xor_sum": _check_xor_sum,
 }
