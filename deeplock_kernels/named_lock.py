@@ -116,7 +116,7 @@ class NamedLock:
         box = _header_sbox(header, sbox) if needs_sbox else None
         lock = cls(key, derivation, header.salt, header.schedule, box)
         lock.header = header
-        lock._names = header.tensors if names is None else names
+        lock._names = header.tensors if names is None else [*map(lock.root, header.tensors.keys() & names)]
         return lock
 
     def cover(self, sizes: Mapping[str, tuple[int, str | None]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import mmap
 import random
 
@@ -11,13 +12,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from deeplock_kernels import errors, locking, reference
 from deeplock_kernels.kernels.signatures import (
+    INVERSE_FORMS,
     RCON_START,
     RCON_WORDS,
     RECORDS,
+    SEAL_KEYS_BYTES,
     SEGMENTS_PER_GROUP,
+    TAG_BYTES,
     KernelName,
     every_name,
     segment_bytes,
@@ -77,11 +82,29 @@ def key_stream(schedule, bits, nbytes):
     return np.frombuffer(stream, np.uint8)
 
 
+SEAL_KEY = random.Random(5).randbytes(32)
+
+
+def openssl_seal(key, locked):
+    """Give the tag of AES-256-GCM without plaintext, as `reference.seal` does."""
+    return AESGCM(key).encrypt(bytes(12), b"", bytes(locked))
+
+
 def openssl_key_stream(key, iv, nbytes, offset):
     block, skip = divmod(offset, 16)
     counter = (int.from_bytes(iv, "big") + block) % 2**128
     encryptor = Cipher(algorithms.AES(key), modes.CTR(counter.to_bytes(16, "big"))).encryptor()
     return np.frombuffer(encryptor.update(bytes(skip + nbytes)), np.uint8)[skip:]
+
+
+def oracle_seal(key, header, name, locked):
+    """Compute the seal of a tensor's locked bytes."""
+    return reference.seal(reference.seal_key(key, header.salt, name), locked)
+
+
+def oracle_mac(key, header, file=None):
+    """Compute the mac of a header, in a file of this table."""
+    return reference.header_mac(reference.header_key(key, header.salt), json.loads(header.to_json()), file)
 
 
 def make_schedule(schedule, bits):
@@ -137,7 +160,8 @@ def refuse(kind, builtin, start, operation, *arguments, **keywords):
 class RawKernel:
     """A kernel with its parameters in memory, to be called with addresses.
 
-    A kernel that unlocks is given the table that it applies, as the package does.
+    A kernel that unlocks is given the table that it applies, as the package does. One that seals takes positions that
+    are multiples of 16, and `tag` is what it leaves for all that it was given.
 
     Parameters
     ----------
@@ -153,22 +177,38 @@ class RawKernel:
         self.key = KEYS.get(name.bits)
         if name.operation.startswith("counter"):
             self._schedule = [place(self.key + IV), place(RCON_WORDS) + RCON_START]
+        elif name.operation == "rekey":
+            self._schedule = [place(self.key + IV), place(RCON_WORDS) + RCON_START]
+            self._new_key = place(self.key[::-1] + IV[::-1])
+        elif name.operation == "rekey_masked":
+            self._mask = place(MASK)
         elif name.operation == "expansion":
             self._schedule = [place(self.key), place(RCON_WORDS) + RCON_START]
         elif name.operation == "expansion_indexed":
             # Saved states need not follow from each other. These are for two groups.
             self._states = [self.key[i:] + self.key[:i] for i in range(2 * SEGMENTS_PER_GROUP)]
             self._schedule = [place(b"".join(self._states)), place(RCON_WORDS) + RCON_START]
+        if name.operation in ("counter_sealed", "rekey", "seal"):
+            self._seal_keys, self._tag = place(bytes(SEAL_KEYS_BYTES)), place(bytes(TAG_BYTES))
+            make = with_integers(tier, KernelName("seal_keys"))
+            make(self._seal_keys, place(SEAL_KEY), 1, place(RCON_WORDS) + RCON_START)
         if name.form:
             self.box = FORM_BOXES[name.form]
             parameters = forms.parameters(self.box, name.form)
             self._box = place(parameters) if parameters else 0
+        if name.operation.startswith("rekey"):
+            parameters = forms.parameters(self.box.inverse, INVERSE_FORMS.get(name.form, name.form))
+            self._inverse_box = place(parameters) if parameters else 0
 
     def _place(self, data):
         self._kept.append(ctypes.create_string_buffer(data, len(data)))
         return ctypes.addressof(self._kept[-1])
 
-    def __call__(self, target, source, nbytes, offset=0):
+    @property
+    def tag(self):
+        return ctypes.string_at(self._tag, TAG_BYTES)
+
+    def __call__(self, target, source, nbytes, offset=0, total=None):
         """Change `nbytes`; an indexed kernel takes whole groups from position 0, a substitution no offset."""
         operation = self.name.operation
         if operation == "substitute":
@@ -176,6 +216,19 @@ class RawKernel:
         elif operation == "counter_list":
             record = (ctypes.c_int64 * 5)(target, source, nbytes, offset, self._schedule[0])
             self.function(ctypes.addressof(record), 1, self._schedule[1], self._box)
+        elif operation in ("counter_sealed", "rekey", "seal"):
+            key = 0 if operation == "seal" else self._schedule[0]
+            total = offset + nbytes if total is None else total
+            fields = [target, source, nbytes, offset, key, self._seal_keys, total, self._tag]
+            common = [] if operation == "seal" else [self._schedule[1], self._box]
+            if operation == "rekey":
+                fields.append(self._new_key)
+                common.append(self._inverse_box)
+            record = (ctypes.c_int64 * len(fields))(*fields)
+            self.function(ctypes.addressof(record), 1, *common)
+        elif operation == "rekey_masked":
+            record = (ctypes.c_int64 * 4)(target, source, nbytes, self._mask + len(MASK) - nbytes)
+            self.function(ctypes.addressof(record), 1, self._box, self._inverse_box)
         elif operation == "expansion_indexed":
             groups, rest = divmod(nbytes, SEGMENTS_PER_GROUP * segment_bytes(self.name.bits))
             assert rest == 0
@@ -189,12 +242,27 @@ class RawKernel:
         operation, bits = self.name.operation, self.name.bits
         if operation == "substitute":
             return table[data]
+        if operation.startswith("rekey"):
+            if operation == "rekey":
+                part = slice(offset, offset + len(data))
+                mask = key_stream("counter", bits, 4096)[part] ^ new_key_stream(bits)[part]
+            else:
+                mask = np.frombuffer(MASK, np.uint8)[len(MASK) - len(data) :]
+            return table[table_of(self.box.inverse)[data] ^ mask]
         if operation == "expansion_indexed":
             streams = b"".join(segment_stream(state, bits) for state in self._states)
             stream = np.frombuffer(streams, np.uint8)[: len(data)]
         else:
             stream = key_stream(operation.split("_")[0], bits, 4096)[offset : offset + len(data)]
         return table[data ^ stream] if self.name.direction == "lock" else table[data] ^ stream
+
+
+MASK = random.Random(6).randbytes(4096)
+
+
+@functools.cache
+def new_key_stream(bits):
+    return np.frombuffer(reference.counter_keystream(KEYS[bits][::-1], IV[::-1], 4096), np.uint8)
 
 
 @functools.cache
@@ -236,7 +304,7 @@ def run_kernels_between_forbidden_pages(tier_name):
     target_start, target_end = _guarded_pages(largest)
     source_start, source_end = _guarded_pages(largest)
     for name in every_name(tier.forms):
-        if name.operation in ("expansion_chain", "copy_past_cache", "xor"):
+        if name.operation in ("expansion_chain", "copy_past_cache", "seal_keys", "xor", "xor_sum"):
             continue
         kernel = RawKernel(tier, name, place_before_forbidden_page)
         if name.operation == "expansion_indexed":
@@ -245,8 +313,9 @@ def run_kernels_between_forbidden_pages(tier_name):
             lengths = range(330)
         for nbytes in lengths:
             offset = 11 * nbytes % 97
-            if name.operation == "counter_past_cache":
+            if name.operation in ("counter_past_cache", "counter_sealed", "rekey", "seal"):
                 offset -= offset % 16
+            if name.operation == "counter_past_cache":
                 kernel(target_end - (nbytes + 63) // 64 * 64, source_end - nbytes, nbytes, offset)
                 kernel(target_start, source_start, nbytes, offset)
                 if nbytes % 64 == 0:
@@ -255,12 +324,16 @@ def run_kernels_between_forbidden_pages(tier_name):
             kernel(target_end - nbytes, source_end - nbytes, nbytes, offset)
             kernel(target_start, source_start, nbytes, offset)
             kernel(target_end - nbytes, target_end - nbytes, nbytes, offset)
+    keys, made = place_before_forbidden_page(2 * SEAL_KEY), place_before_forbidden_page(bytes(2 * SEAL_KEYS_BYTES))
+    with_integers(tier, KernelName("seal_keys"))(made, keys, 2, place_before_forbidden_page(RCON_WORDS) + RCON_START)
     for bits in BITS:
         states = place_before_forbidden_page(KEYS[bits] + bytes(2 * bits // 8))
         chain = with_integers(tier, KernelName("expansion_chain", bits))
         chain(states, 2, place_before_forbidden_page(RCON_WORDS) + RCON_START)
     for nbytes in range(330):
         with_integers(tier, KernelName("xor"))(target_end - nbytes, nbytes, 1)
+        total = place_before_forbidden_page(bytes(64)) if nbytes == 0 else total
+        with_integers(tier, KernelName("xor_sum"))(total, source_end - nbytes, nbytes)
         copy = with_integers(tier, KernelName("copy_past_cache"))
         copy(target_start, source_end - nbytes, nbytes)
         if nbytes % 64 == 0:

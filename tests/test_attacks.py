@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -20,6 +21,8 @@ from deeplock_kernels import (
     ExpansionSchedule,
     LockHeader,
     MasterKey,
+    TamperedError,
+    TamperedHeaderError,
     WrongKeyError,
     expand_key,
     lock,
@@ -32,6 +35,8 @@ from deeplock_kernels import (
     unlock_file,
     unlock_tensor,
     unlock_tensors,
+    verify_file,
+    verify_tensors,
 )
 
 CHOICES = {**SBOXES, "own": BOXES["random"]}
@@ -292,45 +297,95 @@ def test_nobody_chooses_the_salt_of_a_lock():
                 takes[where] = set(inspect.signature(function).parameters)
     assert {"lock", "lock_tensors", "lock_file", "MasterKey.from_hex"} <= takes.keys()
     assert {where for where, names in takes.items() if "salt" in names} == {"LockHeader"}
-    assert {where for where, names in takes.items() if "header" in names} == {"unlock_tensor", "unlock_tensors"}
+    takers = {where for where, names in takes.items() if "header" in names}
+    assert takers == {"unlock_tensor", "unlock_tensors", "verify_tensors"}
     assert {where for where, names in takes.items() if "iv" in names} == {"CounterSchedule"}
 
 
 @pytest.mark.parametrize("box", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_is_unlocked_twice_bears_the_key_stream_of_the_locked_model(schedule, box):
-    """Nothing notices it yet. Of its result XOR the locked one, undone, p XOR S^-1[p] is left, without a key."""
+    """Unless the seals are compared. Of it XOR the locked one, undone, p XOR S^-1[p] is left, without a key."""
     tensors, plain = model(), flat(model()["embedding.weight"])
     header = lock_tensors(tensors, KEYS[256], schedule=schedule, sbox=box)
     mask = masked(tensors["embedding.weight"], box)
     unlock_tensors(tensors, KEYS[256], header, sbox=given_again(box))
-    unlock_tensors(tensors, KEYS[256], header, sbox=given_again(box))
+    noticed(TamperedError, tensors, header, box)
+    assert same(tensors, model())
+    unlock_tensors(tensors, KEYS[256], header, seal=False, sbox=given_again(box))
     assert np.array_equal(mask ^ flat(tensors["embedding.weight"]), plain ^ masked(plain, box))
 
 
-# Integrity: there is none yet. Seals and the header's MAC will have to turn each of these around.
+# Integrity: seals of the tensors, and the header's mac
+
+
+def noticed(error, tensors, header, box=AES):
+    """Check that neither unlocking nor verifying takes the tensors, and that nothing is changed."""
+    before = {name: tensor.copy() for name, tensor in tensors.items()}
+    with pytest.raises(error) as caught:
+        unlock_tensors(tensors, KEYS[256], header, sbox=given_again(box))
+    assert type(caught.value) is error
+    with pytest.raises(error):
+        verify_tensors(tensors, KEYS[256], header)
+    assert same(tensors, before)
 
 
 @pytest.mark.parametrize("box", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_known_weights_can_be_replaced_by_chosen_ones_unnoticed(schedule, box):
+def test_known_weights_cannot_be_replaced_by_chosen_ones_unnoticed(schedule, box):
+    """Whoever leaves the seals uncompared loads the attacker's weights."""
     tensors, wanted = model(), np.arange(10, dtype=np.float32)
     header = lock_tensors(tensors, KEYS[256], schedule=schedule, sbox=box)
     stream = masked(tensors["head.bias"], box) ^ flat(WHAT_ANYBODY_KNOWS["head.bias"])
     flat(tensors["head.bias"])[:] = substitute(flat(wanted) ^ stream, box)
-    unlock_tensors(tensors, KEYS[256], header, sbox=given_again(box))
+    noticed(TamperedError, tensors, header, box)
+    unlock_tensors(tensors, KEYS[256], header, seal=False, sbox=given_again(box))
     assert same(tensors, model() | {"head.bias": wanted})
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_tensor_taken_out_of_the_header_stays_locked_unnoticed(schedule):
+def test_a_tensor_taken_out_of_the_header_is_noticed(schedule):
     tensors = model()
     header = lock_tensors(tensors, KEYS[256], schedule=schedule)
     locked = tensors["head.bias"].copy()
     fields = {name: record for name, record in header.tensors.items() if name != "head.bias"}
-    altered = LockHeader(header.schedule, header.sbox, header.key_bits, header.salt, header.check, fields)
-    unlock_tensors(tensors, KEYS[256], LockHeader.from_json(altered.to_json()))
+    for mac in (None, header.mac, bytes(32)):
+        altered = LockHeader.from_json(dataclasses.replace(header, tensors=fields, mac=mac).to_json())
+        noticed(TamperedHeaderError, tensors, altered)
+    unlock_tensors(tensors, KEYS[256], altered, check=False)
     assert same(tensors, model() | {"head.bias": locked})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_seals_taken_out_or_made_anew_are_noticed(schedule):
+    """Nobody without the key can make a seal or a mac; those of another lock under the same key are of no use."""
+    tensors, others = model(), model(2)
+    header = lock_tensors(tensors, KEYS[256], schedule=schedule)
+    other = lock_tensors(others, KEYS[256], schedule=schedule)
+    flat(tensors["head.bias"])[0] ^= 1
+    without = {name: record._replace(seal=None) for name, record in header.tensors.items()}
+    theirs = {name: record._replace(seal=other.tensors[name].seal) for name, record in header.tensors.items()}
+    for fields in (without, theirs):
+        for mac in (None, header.mac, other.mac):
+            noticed(TamperedHeaderError, tensors, dataclasses.replace(header, tensors=fields, mac=mac))
+    noticed(TamperedError, tensors, other)
+    noticed(TamperedError, tensors, header)
+
+
+def test_a_file_put_together_of_two_locked_ones_is_noticed(tmp_path):
+    """The older weights of one tensor beside the newer ones of the others, in a file that is well formed."""
+    plain, old, new, mixed, found = (tmp_path / name for name in ("plain", "old", "new", "mixed", "found"))
+    for path, seed in ((old, 1), (new, 2)):
+        safetensors.numpy.save_file(model(seed), plain)
+        lock_file(plain, path, KEYS[256])
+    tensors = safetensors.numpy.load_file(new) | {"head.weight": safetensors.numpy.load_file(old)["head.weight"]}
+    with safetensors.safe_open(new, "np") as file:
+        safetensors.numpy.save_file(tensors, mixed, file.metadata())
+    assert read_header(mixed) == read_header(new)
+    for use in (lambda: unlock_file(mixed, found, KEYS[256]), lambda: verify_file(mixed, KEYS[256])):
+        with pytest.raises(TamperedError, match=r"^tensors\['head.weight'\]: .*; 1 such in all"):
+            use()
+    assert not found.exists()
 
 
 # How well the schedules mix

@@ -27,7 +27,7 @@ from processes import ROOT
 from support import KEYS, painted
 
 import deeplock_kernels
-from deeplock_kernels import measure
+from deeplock_kernels import measure, reference
 from deeplock_kernels.checkpoints import safetensors as checkpoints
 from deeplock_kernels.checkpoints.safetensors import lock_file, read_header
 from deeplock_kernels.cli import main
@@ -37,7 +37,7 @@ from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
 from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES
 
-COMMANDS = ("keygen", "lock", "unlock", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
+COMMANDS = ("keygen", "lock", "unlock", "verify", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
 KEY, OTHER_KEY = KEYS[256], KEYS[256][::-1]
 
 
@@ -109,15 +109,16 @@ def test_help(run):
     assert (code, err) == (0, "")
     for command in COMMANDS:
         assert re.search(rf"^ +{command} +\w", out, re.MULTILINE), command
-    assert "exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 130 interrupted" in " ".join(
+    assert "exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 4 altered, 130 interrupted" in " ".join(
         out.split()
     )
 
 
 OPTIONS = {
     "keygen": "KEYFILE --bits",
-    "lock": "IN OUT --key --threads --schedule --sbox --only",
+    "lock": "IN OUT --key --threads --schedule --sbox --only --no-seal",
     "unlock": "IN OUT --key --threads",
+    "verify": "FILE --key --threads",
     "inspect": "FILE",
     "tiers": "",
     "sboxes": "",
@@ -147,6 +148,9 @@ WRONG_LINES = {
     "lock without a key": ["lock", "plain", "new"],
     "lock without a target": ["lock", "plain", "--key", "key"],
     "unlock without a key": ["unlock", "locked", "new"],
+    "unlock without seals": ["unlock", "locked", "new", "--key", "key", "--no-seal"],
+    "verify without a key": ["verify", "locked"],
+    "verify with a target": ["verify", "locked", "new", "--key", "key"],
     "no threads": ["lock", "plain", "new", "--key", "key", "--threads", "0"],
     "negative threads": ["unlock", "locked", "new", "--key", "key", "--threads", "-1"],
     "threads of a half": ["lock", "plain", "new", "--key", "key", "--threads", "1.5"],
@@ -221,12 +225,15 @@ def test_keygen_overwrites_nothing(folder, run):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--schedule", "expansion"], ["--sbox", "kuznyechik"], ["--threads", "2"]]
+    "options", [[], ["--schedule", "expansion"], ["--sbox", "kuznyechik"], ["--threads", "2"], ["--no-seal"]]
 )
 def test_lock_and_unlock(folder, run, options):
     code, out, err = run("lock", "plain", "new", "--key", "key", *options)
-    assert (code, out, err) == (0, "new: 3 tensors locked, 3,162 bytes\n", "")
+    sealed = "--no-seal" not in options
+    state = "locked and sealed" if sealed else "locked, not sealed"
+    assert (code, out, err) == (0, f"new: 3 tensors {state}, 3,162 bytes\n", "")
     header = read_header("new")
+    assert [record.seal is not None for record in header.tensors.values()] == 3 * [sealed]
     assert header.schedule == ("expansion" if "expansion" in options else "counter")
     assert header.sbox == ("kuznyechik" if "kuznyechik" in options else "aes")
     assert (folder / "new").read_bytes() != (folder / "plain").read_bytes()
@@ -242,8 +249,18 @@ def test_lock_only_some(folder, run, patterns, chosen):
     options = [option for pattern in patterns for option in ("--only", pattern)]
     code, out, err = run("lock", "plain", "new", "--key", "key", *options)
     assert (code, err) == (0, "")
-    assert out.startswith(f"new: {len(chosen)} tensors locked, ")
+    assert out.startswith(f"new: {len(chosen)} tensors locked and sealed, ")
     assert sorted(read_header("new").tensors) == chosen
+
+
+@pytest.mark.parametrize("options", [[], ["--schedule", "expansion", "--only", "a.*", "--threads", "2"]])
+def test_verify(folder, run, options):
+    assert run("lock", "plain", "new", "--key", "key", *options)[0] == 0
+    tensors, nbytes = (2, "3,160") if options else (3, "3,162")
+    before = snapshot(folder)
+    code, out, err = run("verify", "new", "--key", "key", *options[-2:] if options else [])
+    assert (code, out, err) == (0, f"new: as it was locked, {tensors} tensors, {nbytes} bytes\n", "")
+    assert snapshot(folder) == before
 
 
 def test_an_old_target_is_replaced(folder, run):
@@ -277,7 +294,31 @@ def bad_header(folder):
     safetensors.numpy.save_file(tensors, "locked", metadata={"deeplock": '{"format":"deeplock/9"}'})
 
 
+def altered(old, new):
+    """Change the locked file in one place, in a way that keeps it well formed."""
+
+    def make(folder):
+        raw = (folder / "locked").read_bytes()
+        assert raw.count(old) == 1
+        (folder / "locked").write_bytes(raw.replace(old, new))
+
+    return make
+
+
+def altered_weights(folder):
+    with open("locked", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read()[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def not_sealed(folder):
+    lock_file("plain", "locked", KEY, seal=False)
+
+
 LOCK, UNLOCK = "lock plain new --key key", "unlock locked new --key key"
+VERIFY = "verify locked --key key"
 BAD_KEYS = {
     "empty": b"",
     "not hexadecimal": b"g" * 64 + b"\n",
@@ -317,6 +358,16 @@ FAILURES = {  # name: (command line, what to do before, exit code, words)
     "keygen with an empty path": ("keygen ''", None, 1, "path: got ''"),
     "another key": ("unlock locked new --key other.key", None, 3, "key: it is not the one"),
     "a shorter key": ("unlock locked new --key short.key", None, 3, "key: got 128 bits"),
+    "unlock of altered weights": (UNLOCK, altered_weights, 4, "tensors['a.weight']: its bytes are not those"),
+    "unlock of other metadata": (UNLOCK, altered(b'"x":"y"', b'"x":"z"'), 4, "header: it is not as the lock made it"),
+    "verify of altered weights": (VERIFY, altered_weights, 4, "tensors['a.weight']: its bytes are not those"),
+    "verify of another shape": (VERIFY, altered(b"[30,100]", b"[100,30]"), 4, "header: it is not as the lock made it"),
+    "verify of no seals": (VERIFY, not_sealed, 1, "header: 3 of 3 tensors have no seal, as "),
+    "verify of a plain file": ("verify plain --key key", None, 1, "plain: it carries no lock header"),
+    "verify of no file": ("verify none --key key", None, 1, "none: cannot be read: no such file"),
+    "verify of a cut file": (VERIFY, truncated("locked"), 1, "locked: got "),
+    "verify with another key": ("verify locked --key other.key", None, 3, "key: it is not the one"),
+    "verify without key file": ("verify locked --key none", None, 1, "none: cannot be read: no such file"),
 } | {
     f"{command} with a key file {case}": (
         f"{command} {source} new --key bad.key", bad_key_file(content), 1, "bad.key: not a key file"
@@ -402,15 +453,15 @@ def test_interrupted_while_it_works(folder, run, monkeypatch, error):
     monkeypatch.setattr(checkpoints, "WINDOW", 1000)
     before = snapshot(folder)
     windows = []
-    original = checkpoints._window
+    original = checkpoints._mapped
 
-    def window(*arguments):
+    def mapped(*arguments):
         windows.append(len(list(folder.glob(".deeplock-*.tmp"))))
         if len(windows) == 3 and error:
             raise error
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoints, "_window", window)
+    monkeypatch.setattr(checkpoints, "_mapped", mapped)
     for arguments in (LOCK, UNLOCK):
         windows.clear()
         code, out, err = run(*arguments.split())
@@ -429,8 +480,10 @@ def test_a_real_ctrl_c(folder, command):
     size = 200 << 20
     table = f'{{"w":{{"dtype":"U8","shape":[{size}],"data_offsets":[0,{size}]}}'
     if command == "unlock":
-        header = json.loads(read_header("locked").to_json())
-        header["tensors"] = {"w": {"bytes": size}}
+        header = json.loads(read_header("locked").to_json()) | {"tensors": {"w": {"bytes": size}}}
+        mac_key = reference.header_key(KEY, bytes.fromhex(header["salt"]))
+        file = json.loads(table + "}") | {"__metadata__": {}}
+        header["mac"] = reference.header_mac(mac_key, header, file).hex()
         table += f',"__metadata__":{{"deeplock":{json.dumps(json.dumps(header))}}}'
     table += "}"
     (folder / "large").write_bytes(len(table).to_bytes(8, "little") + table.encode())
@@ -485,9 +538,13 @@ def test_inspect_of_a_locked_file(folder, run, schedule):
         assert "key of 256 bits" in out
         assert ("warning: one known block of weights gives away the key" in out) == (schedule == "expansion")
         states = {row.split()[0]: row.split()[-1] for row in out.splitlines() if row.startswith("  ")}
-        assert states == {"'a.weight'": "locked", "'a.bias'": "plain", "'b'": "locked"}
-        for secret in (KEY, header.salt, header.check):
+        assert states == {"'a.weight'": "sealed", "'a.bias'": "plain", "'b'": "sealed"}
+        assert out.count("  locked, sealed\n") == 2
+        for secret in (KEY, header.salt, header.check, header.mac, header.tensors["b"].seal):
             assert secret.hex() not in out
+    not_sealed(folder)
+    rows = run("inspect", "locked")[1].splitlines()[2:]
+    assert [row.split("bytes")[1] for row in rows] == 3 * ["  locked"]
 
 
 def test_inspect_shows_names_that_would_move_the_cursor_escaped(folder, run):
@@ -684,10 +741,11 @@ def test_demo_says_so_if_a_byte_is_not_back(run, monkeypatch):
 def test_a_whole_session(folder):
     session = [
         (["keygen", "my.key"], 0, "my.key: a new key of 256 bits", ""),
-        (["lock", "plain", "new", "--key", "my.key"], 0, "new: 3 tensors locked", ""),
+        (["lock", "plain", "new", "--key", "my.key"], 0, "new: 3 tensors locked and sealed, ", ""),
         (["unlock", "new", "restored", "--key", "key"], 3, "", "deeplock: error: key: it is not the one"),
         (["unlock", "new", "restored", "--key", "none"], 1, "", "deeplock: error: none: cannot be read: "),
         (["unlock", "new"], 2, "", "usage: deeplock unlock "),
+        (["verify", "new", "--key", "my.key"], 0, "new: as it was locked, 3 tensors, 3,162 bytes", ""),
         (["unlock", "new", "restored", "--key", "my.key"], 0, "restored: unlocked", ""),
     ]
     for arguments, code, out, err in session:
@@ -720,7 +778,7 @@ def on_a_terminal(*arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "verb", "out"),
-    [(LOCK, "locking", "new: 3 tensors locked, 3,162 bytes\n"), (UNLOCK, "unlocking", "new: unlocked\n")],
+    [(LOCK, "locking", "new: 3 tensors locked and sealed, 3,162 bytes\n"), (UNLOCK, "unlocking", "new: unlocked\n")],
 )
 def test_progress_is_shown_on_a_terminal_only(folder, arguments, verb, out):
     code, output, shown = on_a_terminal(*arguments.split())

@@ -503,7 +503,7 @@ def test_metadata_that_was_empty_is_told_from_none_at_all():
     without, empty = parse(raw_file("{}")), parse(raw_file('{"__metadata__":{}}'))
     assert without.metadata is None
     assert empty.metadata == {}
-    assert canonical_table(without) == canonical_table(empty) == {}
+    assert canonical_table(without) == canonical_table(empty) == {"__metadata__": {}}
     assert insert_entry(without, "v") != insert_entry(empty, "v")
 
 

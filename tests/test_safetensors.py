@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -19,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BITS, BOXES, KEYS, SAFETENSORS_DTYPES, SCHEDULES, painted
+from support import BITS, BOXES, KEYS, SAFETENSORS_DTYPES, SCHEDULES, oracle_mac, painted
 
 from deeplock_kernels.checkpoints import safetensors as checkpoints
 from deeplock_kernels.checkpoints.safetensors import lock_file, read_header, unlock_file
@@ -34,12 +35,14 @@ from deeplock_kernels.errors import (
     ParameterError,
     SameFileError,
     SBoxError,
+    TamperedHeaderError,
     TensorNameError,
     UnknownNameError,
     WrongKeyError,
 )
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.keys import MasterKey
+from deeplock_kernels.pieces import BLOCK
 from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.tensors import lock_tensors, unlock_tensor, unlock_tensors
 from deeplock_kernels.transform import Transform
@@ -125,6 +128,17 @@ def metadata_of(path) -> dict[str, str] | None:
         return file.metadata()
 
 
+def table_of(path) -> dict[str, object]:
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def check_same_lock(path, header, in_memory):
+    """Check that a locked file's header is that of tensors in memory, and that its mac is over the file's table too."""
+    assert header.mac == oracle_mac(KEY, header, table_of(path)) != in_memory.mac == oracle_mac(KEY, in_memory)
+    assert dataclasses.replace(in_memory, mac=header.mac, file=header.file) == header == read_header(path)
+
+
 @pytest.fixture
 def fixed_salt(monkeypatch):
     monkeypatch.setattr(secrets, "token_bytes", lambda count: bytes(range(50, 50 + count)))
@@ -174,9 +188,8 @@ def test_a_file_is_locked_and_comes_back(tmp_path, fixed_salt, schedule, file):
     plain, locked, restored = (tmp_path / name for name in ("plain", "locked", "restored"))
     plain.write_bytes(raw)
     header = lock_file(plain, locked, KEY, schedule=schedule)
-    assert read_header(locked) == header
     expected = data_of(raw)
-    assert lock_tensors(expected, KEY, schedule=schedule) == header
+    check_same_lock(locked, header, lock_tensors(expected, KEY, schedule=schedule))
     theirs, before = tensors_of(locked.read_bytes()), tensors_of(raw)
     assert theirs == {name: (*before[name][:2], data.tobytes()) for name, data in expected.items()}
     for name, (_, _, data) in theirs.items():
@@ -215,12 +228,15 @@ def test_the_library_s_arrays_unlock_in_memory(tmp_path, schedule):
     safetensors.numpy.save_file(saved, plain)
     lock_file(plain, locked, KEY, schedule=schedule)
     tensors = {name: array.copy() for name, array in safetensors.numpy.load_file(locked).items()}
-    header = LockHeader.from_json(metadata_of(locked)["deeplock"])
+    header = read_header(locked)
     for name, array in saved.items():
         assert (tensors[name].dtype, tensors[name].shape) == (array.dtype, array.shape)
         assert tensors[name].tobytes() != array.tobytes()
         part = unlock_tensor(tensors[name].tobytes()[1:], KEY, header, name, offset=1)
         assert part.tobytes() == array.tobytes()[1:]
+    bare = LockHeader.from_json(metadata_of(locked)["deeplock"])  # it does not know the file that its mac is over
+    with pytest.raises(TamperedHeaderError, match="; take the header of a file with read_header$"):
+        unlock_tensors(tensors, KEY, bare)
     unlock_tensors(tensors, KEY, header)
     assert {name: array.tobytes() for name, array in tensors.items()} == {
         name: array.tobytes() for name, array in saved.items()
@@ -249,13 +265,18 @@ def test_tensors_locked_in_memory_and_saved_by_the_library(tmp_path, schedule, m
     assert {name for name, record in header.tensors.items() if record.same_as == "z"} == {"a", "head"}
     path = tmp_path / "locked"
     safetensors.numpy.save_file(tensors, path, metadata=metadata | {"deeplock": header.to_json()})
-    assert read_header(path) == header
-    unlock_file(path, tmp_path / "restored", KEY)
+    assert dataclasses.replace(read_header(path), file=None) == header
+    with pytest.raises(TamperedHeaderError):  # nothing was proved of this file
+        unlock_file(path, tmp_path / "restored", KEY)
+    unlock_file(path, tmp_path / "restored", KEY, check=False)
     restored = safetensors.numpy.load_file(tmp_path / "restored")
-    assert restored.keys() == plain.keys()
+    loaded = {name: array.copy() for name, array in safetensors.numpy.load_file(path).items()}
+    unlock_tensors(loaded, KEY, LockHeader.from_json(metadata_of(path)["deeplock"]))
+    assert restored.keys() == loaded.keys() == plain.keys()
     for name, array in plain.items():
         assert restored[name].dtype == array.dtype
         assert np.array_equal(restored[name], array)
+        assert np.array_equal(loaded[name], array)
     assert metadata_of(tmp_path / "restored") == (metadata or None)
 
 
@@ -265,7 +286,7 @@ def test_only_some(folder, fixed_salt, schedule, only):
     raw = (folder / "plain").read_bytes()
     header = lock_file(folder / "plain", folder / "new", KEY, schedule=schedule, only=only)
     expected = data_of(raw)
-    assert lock_tensors(expected, KEY, schedule=schedule, only=only) == header
+    check_same_lock(folder / "new", header, lock_tensors(expected, KEY, schedule=schedule, only=only))
     found = data_of((folder / "new").read_bytes())
     assert {name: data.tobytes() for name, data in found.items()} == {
         name: data.tobytes() for name, data in expected.items()
@@ -277,9 +298,8 @@ def test_only_some(folder, fixed_salt, schedule, only):
 @pytest.mark.parametrize("name", SBOXES)
 def test_a_named_s_box(folder, fixed_salt, name):
     expected = data_of((folder / "plain").read_bytes())
-    assert lock_file(folder / "plain", folder / "new", KEY, sbox=name) == lock_tensors(
-        expected, KEY, sbox=name
-    )
+    header = lock_file(folder / "plain", folder / "new", KEY, sbox=name)
+    check_same_lock(folder / "new", header, lock_tensors(expected, KEY, sbox=name))
     assert data_of((folder / "new").read_bytes())["a"].tobytes() == expected["a"].tobytes()
     unlock_file(folder / "new", folder / "restored", KEY)
     assert (folder / "restored").read_bytes() == (folder / "plain").read_bytes()
@@ -348,13 +368,14 @@ def test_the_window_changes_nothing(tmp_path, monkeypatch, fixed_salt, schedule,
     plain, locked, restored = (tmp_path / name for name in ("plain", "locked", "restored"))
     plain.write_bytes(raw)
     expected = data_of(raw)
-    header = lock_tensors(expected, KEY, schedule=schedule, only=only)
+    in_memory = lock_tensors(expected, KEY, schedule=schedule, only=only)
     monkeypatch.setattr(checkpoints, "WINDOW", window)
     steps = []
-    assert lock_file(plain, locked, KEY, schedule=schedule, only=only, progress=steps.append) == header
+    header = lock_file(plain, locked, KEY, schedule=schedule, only=only, progress=steps.append)
+    check_same_lock(locked, header, in_memory)
     data_bytes = sum(data.nbytes for data in expected.values())
     assert sum(steps) == data_bytes
-    assert len(steps) == -(-data_bytes // window)
+    assert all(window - BLOCK < step <= window for step in steps[:-1])
     found = data_of(locked.read_bytes())
     for name, data in expected.items():
         assert np.array_equal(found[name], data), name
@@ -364,7 +385,7 @@ def test_the_window_changes_nothing(tmp_path, monkeypatch, fixed_salt, schedule,
 
 @given(
     st.lists(st.integers(0, 90), max_size=7),
-    st.integers(1, 100),
+    st.integers(BLOCK, 100),
     st.sampled_from(SCHEDULES),
     st.integers(0, 127),
 )
@@ -400,7 +421,7 @@ def test_progress_adds_up_to_the_data(tmp_path, monkeypatch):
             steps = []
             function(*(tmp_path / name for name in names), KEY, progress=steps.append)
             assert sum(steps) == sum(data.nbytes for data in data_of(raw).values())
-            assert all(0 < step <= 999 for step in steps)
+            assert all(0 <= step <= 999 for step in steps)
 
 
 def test_the_target_appears_only_at_the_end(folder, monkeypatch):
@@ -581,7 +602,8 @@ def test_a_lock_header_of_some_tensors_only(folder):
     del text["tensors"]["b"]
     tensors = safetensors.numpy.load_file(folder / "locked")
     safetensors.numpy.save_file(tensors, folder / "some", metadata={"deeplock": json.dumps(text)})
-    unlock_file(folder / "some", folder / "new", KEY)
+    refused(folder, TamperedHeaderError, "^header: ", unlock_file, folder / "some", folder / "new", KEY)
+    unlock_file(folder / "some", folder / "new", KEY, check=False)
     found = data_of((folder / "new").read_bytes())
     assert np.array_equal(found["a"], painted(3000))
     assert np.array_equal(found["b"], tensors["b"])

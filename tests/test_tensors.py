@@ -21,10 +21,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BITS, BOXES, KEYS, SCHEDULES, painted
+from support import BITS, BOXES, KEYS, SCHEDULES, oracle_mac, oracle_seal, painted
 
 from deeplock_kernels import reference
-from deeplock_kernels.buffers import memory
 from deeplock_kernels.errors import (
     BufferLayoutError,
     BufferTypeError,
@@ -38,16 +37,20 @@ from deeplock_kernels.errors import (
     ReadOnlyError,
     SBoxError,
     SizeMismatchError,
+    TamperedError,
+    TamperedHeaderError,
     TensorNameError,
     UnknownNameError,
     WrongKeyError,
 )
 from deeplock_kernels.header import LockHeader, TensorRecord
 from deeplock_kernels.keys import Derivation, MasterKey
+from deeplock_kernels.pieces import Range
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import use_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
-from deeplock_kernels.tensors import NamedLock, lock_tensors, unlock_tensor, unlock_tensors
+from deeplock_kernels.named_lock import NamedLock
+from deeplock_kernels.tensors import lock_tensors, unlock_tensor, unlock_tensors
 from deeplock_kernels.transform import Transform
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "scheme_v1.json").read_text(encoding="utf-8"))
@@ -121,7 +124,9 @@ def test_tensors_are_locked_as_the_oracle_does(schedule, bits, box):
     assert list(header.tensors) == list(plain)
     starts = itertools.accumulate(SIZES.values(), initial=0)
     for (name, size), start in zip(SIZES.items(), starts, strict=False):
-        assert header.tensors[name] == TensorRecord(size, start if schedule == "expansion" else None)
+        seal = oracle_seal(KEYS[bits], header, name, tensors[name].tobytes())
+        assert header.tensors[name] == TensorRecord(size, start if schedule == "expansion" else None, seal=seal)
+    assert header.mac == oracle_mac(KEYS[bits], header)
     own = box if isinstance(box, SBox) else None
     unlock_tensors(tensors, KEYS[bits], LockHeader.from_json(header.to_json()), sbox=own)
     assert bytes_of(tensors) == plain
@@ -148,7 +153,8 @@ def test_the_name_belongs_to_the_key_of_the_counter_schedule():
     header = lock_tensors(tensors, KEY)
     assert not np.array_equal(tensors["a"], tensors["b"])
     swapped = {"a": tensors["b"], "b": tensors["a"]}
-    unlock_tensors(swapped, KEY, header)
+    refused(TamperedError, r"^tensors\['a'\]: .*; 2 such in all", swapped, unlock_tensors, swapped, KEY, header)
+    unlock_tensors(swapped, KEY, header, seal=False)
     assert not np.array_equal(swapped["a"], painted(64))
 
 
@@ -703,7 +709,8 @@ def test_a_header_of_another_lock():
     one, other = some_tensors(), some_tensors()
     lock_tensors(one, KEY)
     header = lock_tensors(other, KEY)
-    unlock_tensors(one, KEY, header)  # the key is right: nothing can tell
+    refused(TamperedError, "; 6 such in all", one, unlock_tensors, one, KEY, header)
+    unlock_tensors(one, KEY, header, seal=False)  # key and header are right: nothing can tell
     assert bytes_of(one) != bytes_of(some_tensors())
 
 
@@ -1070,7 +1077,7 @@ def test_no_key_shows_itself(schedule, bits):
     tensors = some_tensors()
     header = lock_tensors(tensors, key, schedule=schedule)
     lock = NamedLock.from_header(key, header, check=True, sbox=None)
-    streams = [lock.stream(header, name)[0] for name in header.tensors]
+    streams = [lock.stream(name)[0] for name in header.tensors]
     derivation = Derivation(key, header.salt)
     assert repr(lock) == f"NamedLock({schedule}, {bits} bits)"
     shown = [
@@ -1095,14 +1102,16 @@ def test_no_key_shows_itself(schedule, bits):
 
 
 def test_the_key_streams_are_wiped_at_the_end():
-    header = lock_tensors(some_tensors(), KEY)
+    tensors = some_tensors()
+    header = lock_tensors(tensors, KEY)
     lock = NamedLock.from_header(KEY, header, check=True, sbox=None)
-    blocks = {"b": memory(painted(16))}
+    data, out = tensors["b"], np.zeros(16, np.uint8)
     with lock:
-        schedule, _ = lock.stream(header, "b")
+        schedule, _ = lock.stream("b")
         assert schedule.keystream(16).any()
-        lock.calls(header, blocks, Transform(AES, "unlock"), 4096)
-        assert any(lock._list._keys)
+        lock.unlock_and_seal([Range("b", out.ctypes.data, data.ctypes.data, 16)], 1)
+        secrets_kept = [table._memory for table in lock._tables.values()]
+        assert [any(memory) for memory in secrets_kept] == [True, True]
     with pytest.raises(KeyWipedError):
         schedule.keystream(16)
-    assert not any(lock._list._keys)
+    assert [any(memory) for memory in secrets_kept] == [False, False]

@@ -18,7 +18,15 @@ from support import BOXES, painted
 from deeplock_kernels import transform
 from deeplock_kernels.errors import SelfTestError, UnknownNameError, UnsupportedTierError
 from deeplock_kernels.kernels import portable
-from deeplock_kernels.kernels.signatures import ARITY, RECORDS, KernelName, every_name, segment_bytes
+from deeplock_kernels.kernels.signatures import (
+    ARITY,
+    RECORDS,
+    SEAL_KEYS_BYTES,
+    TAG_BYTES,
+    KernelName,
+    every_name,
+    segment_bytes,
+)
 from deeplock_kernels.locking import lock, substitute
 from deeplock_kernels.runtime import codecache, selftest, tiers
 from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
@@ -46,7 +54,7 @@ def test_table_of_tiers():
         assert all(form in support.FORM_BOXES for form in tier.forms)
         assert tier.supported == (tier.requires <= tiers.host_features())
     assert BY_NAME["avx512"].requires >= {"avx512bw", "avx512vbmi", "gfni", "vaes"}
-    assert BY_NAME["gfni"].requires - BY_NAME["avx2"].requires == {"gfni", "vaes"}
+    assert BY_NAME["gfni"].requires - BY_NAME["avx2"].requires == {"gfni", "vaes", "vpclmulqdq"}
     assert len(SUPPORTED) > 1 or SUPPORTED == ["portable"]
     assert set(SUPPORTED) <= set(OF_THIS_ARCHITECTURE)
 
@@ -57,9 +65,10 @@ def test_a_tier_requires_what_its_instructions_need():
     for name, width in (("avx512", 512), ("gfni", 256), ("avx2", 256)):
         needed = {need for row in INSTRUCTIONS.values() if row.nbytes * 8 == width for need in row.requires}
         if name == "avx2":
-            needed -= {"gfni", "vaes"}  # its AES is that of 128 bits
+            needed -= {"gfni", "vaes", "vpclmulqdq"}  # its AES and its products are those of 128 bits
         assert needed <= BY_NAME[name].requires
-        assert INSTRUCTIONS["aesenc_128"].requires <= BY_NAME[name].requires
+        for narrow in ("aesenc_128", "pclmulqdq_128"):
+            assert INSTRUCTIONS[narrow].requires <= BY_NAME[name].requires
 
 
 @pytest.mark.parametrize("tier", TIERS, ids=support.kernel_id)
@@ -223,7 +232,8 @@ def test_variable_with_an_unknown_name_fails_at_the_first_use():
     assert run(PROGRAM, DEEPLOCK_TIER="doesnotexist") == words
 
 
-AVX2_ALONE = "+sse2,+ssse3,+sse4.1,+avx,+avx2,+aes,+bmi2"
+AVX2_ALONE = "+sse2,+ssse3,+sse4.1,+avx,+avx2,+aes,+bmi2,+pclmul"
+GFNI = AVX2_ALONE + ",+gfni,+vaes,+vpclmulqdq"
 
 
 @pytest.mark.skipif(ARM, reason="the features that are taken away are those of x86")
@@ -233,12 +243,11 @@ AVX2_ALONE = "+sse2,+ssse3,+sse4.1,+avx,+avx2,+aes,+bmi2"
         ({"NUMBA_CPU_NAME": "generic", "DEEPLOCK_CACHE": "0"}, ["portable"]),
         ({"NUMBA_ENABLE_AVX": "0"}, ["portable"]),
         ({"NUMBA_CPU_FEATURES": AVX2_ALONE, "DEEPLOCK_CACHE": "0"}, ["avx2", "portable"]),
-        ({"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+gfni,-vaes"}, ["avx2", "portable"]),
-        (
-            {"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+gfni,+vaes", "DEEPLOCK_CACHE": "0"},
-            ["gfni", "avx2", "portable"],
-        ),
-        ({"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+gfni,+vaes", "NUMBA_ENABLE_AVX": "0"}, ["portable"]),
+        ({"NUMBA_CPU_FEATURES": AVX2_ALONE.replace("+pclmul", "-pclmul")}, ["portable"]),
+        ({"NUMBA_CPU_FEATURES": GFNI.replace("+vaes", "-vaes")}, ["avx2", "portable"]),
+        ({"NUMBA_CPU_FEATURES": GFNI.replace("+vpclmulqdq", "-vpclmulqdq")}, ["avx2", "portable"]),
+        ({"NUMBA_CPU_FEATURES": GFNI, "DEEPLOCK_CACHE": "0"}, ["gfni", "avx2", "portable"]),
+        ({"NUMBA_CPU_FEATURES": GFNI, "NUMBA_ENABLE_AVX": "0"}, ["portable"]),
         ({"NUMBA_CPU_FEATURES": ""}, ["portable"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -252,9 +261,9 @@ def test_what_is_taken_from_numba_is_taken_from_the_tiers(environment, left):
 @pytest.mark.parametrize(
     ("environment", "name", "missing"),
     [
-        ({"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+vaes"}, "gfni", "gfni"),
-        ({"NUMBA_CPU_NAME": "generic"}, "avx2", "aes, avx2, bmi2"),
-        ({"NUMBA_DISABLE_JIT": "1"}, "gfni", "aes, avx2, bmi2, gfni, vaes"),
+        ({"NUMBA_CPU_FEATURES": AVX2_ALONE + ",+vaes,+vpclmulqdq"}, "gfni", "gfni"),
+        ({"NUMBA_CPU_NAME": "generic"}, "avx2", "aes, avx2, bmi2, pclmul"),
+        ({"NUMBA_DISABLE_JIT": "1"}, "gfni", "aes, avx2, bmi2, gfni, pclmul, vaes, vpclmulqdq"),
     ],
     ids=["features", "generic", "no_compiler"],
 )
@@ -301,6 +310,13 @@ def representatives(tier_name):
         KernelName("expansion", 192, form, "lock"),
         KernelName("expansion_indexed", 128, "table", "lock"),
         KernelName("expansion_chain", 256),
+        KernelName("counter_sealed", 128, form, "lock"),
+        KernelName("counter_sealed", 256, "table", "unlock"),
+        KernelName("rekey", 192, form),
+        KernelName("rekey_masked", form="table"),
+        KernelName("seal"),
+        KernelName("seal_keys"),
+        KernelName("xor_sum"),
         KernelName("substitute", form="table"),
         KernelName("substitute", form=form),
     ]
@@ -348,13 +364,16 @@ def check_instructions(tier_name, name, code):
     if tier_name == "portable":
         assert not re.search(r"[yz]mm|\.16b|aes|gf2p8|^v", whole, re.MULTILINE)
         return
-    counter = name.operation.startswith("counter")
-    assert {"counter": {"vaesenc", "vaesenclast"}, "expansion": {"vaesenclast"}, "substitute": set()}[
-        name.operation.split("_")[0]
-    ] <= used
+    counter = name.operation.startswith("counter") or name.operation in ("rekey", "seal_keys")
+    seals = name.operation in ("counter_sealed", "rekey", "seal", "seal_keys")
+    assert ("vpclmulqdq" in used) == seals
+    if counter:
+        assert {"vaesenc", "vaesenclast"} <= used
+    elif name.operation.startswith("expansion"):
+        assert "vaesenclast" in used
     assert ("vmovntdq" in used) == (name.operation == "counter_past_cache")
     widest = {"avx512": "zmm", "gfni": "ymm", "avx2": "ymm"}[tier_name]
-    assert widest in whole or name.operation == "expansion_chain", "one chain fills 128 bits"
+    assert widest in whole or name.operation in ("expansion_chain", "seal_keys"), "these fill 128 bits"
     assert tier_name == "avx512" or "zmm" not in whole
 
     def operands_of(*mnemonics):
@@ -365,16 +384,20 @@ def check_instructions(tier_name, name, code):
     assert tuple(map(bool, galois)) == by_galois.get(name.form, (False, False))
     assert ("vaesdeclast" in used) == (name.form == "aes_inverse")
     assert all(widest in operands for operands in (*galois[0], *galois[1]))
-    if counter:
+    if counter and name.operation != "seal_keys":
         register = "xmm" if tier_name == "avx2" else widest
         assert all(register in operands for operands in operands_of("vaesenc"))
     if name.form == "table":
         lookups = operands_of("vpermi2b", "vpermt2b") if tier_name == "avx512" else operands_of("vpshufb")
         assert sum(widest in operands for operands in lookups) >= (2 if tier_name == "avx512" else 16)
+    if seals and name.operation != "seal_keys":
+        register = "xmm" if tier_name == "avx2" else widest
+        assert any(register in operands for operands in operands_of("vpclmulqdq"))
     if tier_name == "avx2":
+        assert not any("ymm" in operands for operands in operands_of("vpclmulqdq"))
         aes = operands_of("vaesenc", "vaesenclast", "vaesdec", "vaesdeclast")
         assert not any("ymm" in operands for operands in aes)
-        assert aes or name.form == "table"
+        assert aes or name.form == "table" or name.operation in ("seal", "xor_sum")
 
 
 @each_code
@@ -446,6 +469,15 @@ NO_RECORD = {("other", register) for register in KEPT_BY_CALLS | LOST_BY_CALLS}
 KEEPS_FLAGS = re.compile(r"mov|lea|push|pop|j|cmov|set|call|ret|prefetch|nop|bswap|not|vzero")
 
 
+RECORDS_OF_LISTS = {  # how many integers a record has, and which one is the place of its tag
+    "counter_list": (5, None),
+    "counter_sealed": (8, 7),
+    "rekey": (9, 7),
+    "rekey_masked": (4, None),
+    "seal": (8, 7),
+}
+
+
 def general_register(operand):
     """Give the 64-bit name of a general register, whatever part of it an operand names; None for all else."""
     name = operand.removeprefix("%") if operand.startswith("%") else ""
@@ -464,12 +496,13 @@ def stack_bytes(operand, nbytes):
 def instructions_that_tell_of_data(name, code):
     """List those whose address, branch or length depends on data."""
     public = "nothing"
-    if name.operation.startswith("counter"):
+    if name.operation.startswith("counter") or name.operation == "rekey":
         public = (
             rf"({name.bits // 8}|{name.bits // 8 + 8})\(%\w+\)"  # the start of the counter, behind the key
         )
-    if name.operation == "counter_list":
-        public += r"|(8|16|24|32)?\(%\w+,%\w+,8\)"  # the records
+    if name.operation in RECORDS_OF_LISTS:
+        places = "|".join(str(8 * i) for i in range(1, RECORDS_OF_LISTS[name.operation][0]))
+        public += rf"|({places})?\(%\w+,%\w+(,8)?\)"
     at_labels, before = {}, None  # what may hold data where a label is reached, by whatever way
     while at_labels != before:
         before = {label: set(held) for label, held in at_labels.items()}
@@ -557,10 +590,11 @@ def follow(line, held, public):
 
 @each_code_of_x86
 def test_time_cannot_tell_of_data_in_a_constant_time_tier(tier_name, name):
-    lines = instructions_that_tell_of_data(name, code_of(tier_name, name))
+    code = code_of(tier_name, name)
+    lines = instructions_that_tell_of_data(name, code)
     if BY_NAME[tier_name].constant_time:
         assert lines == []
-    else:
+    elif name.operation != "xor_sum":
         assert lines, "bytes are looked up in memory here: what does not see that sees nothing"
 
 
@@ -624,30 +658,42 @@ def test_code_calls_nothing_but_a_copy_of_memory(tier_name, name):
 # The self-test
 
 
-@pytest.mark.parametrize("place", ["first", "last", "behind"])
+def bytes_compared(tier, name, record):
+    """Give addresses in what a kernel writes in its self-test: the first byte, the last one, the one behind it."""
+    target, second, *rest = RECORDS[name.operation].unpack(record)
+    if name.operation in RECORDS_OF_LISTS:
+        length, tag = RECORDS_OF_LISTS[name.operation]
+        rows = np.ctypeslib.as_array((ctypes.c_int64 * (length * second)).from_address(target)).reshape(second, -1)
+        ends = [] if name.operation == "seal" else [rows[0, 0], rows[-1, 0] + rows[-1, 2] - 1, rows[-1, 0] + rows[-1, 2]]
+        return [*map(int, ends), *([] if tag is None else [int(rows[0, tag]), int(rows[-1, tag]) + TAG_BYTES - 1])]
+    if name.operation == "expansion_chain":  # nothing behind it is compared
+        return [target + name.bits // 8, target + 2 * name.bits // 8 - 1]
+    if name.operation == "expansion_indexed":  # of each segment 200 bytes are
+        segment = segment_bytes(name.bits)
+        return [target, target + 3 * segment + 199, target + 4 * segment]
+    if name.operation == "seal_keys":  # of each key the mask is
+        mask, last = (16 if tier.name == "portable" else 256), target + SEAL_KEYS_BYTES
+        return [target + mask, last + mask + TAG_BYTES - 1, last + SEAL_KEYS_BYTES]
+    nbytes = {"xor": second, "xor_sum": 64}.get(name.operation, rest[0])
+    return [target, target + nbytes - 1, target + nbytes]
+
+
 @pytest.mark.parametrize(("tier", "name"), support.EVERY_KERNEL, indirect=["tier"], ids=support.kernel_id)
-def test_self_test_sees_one_wrong_bit(tier, name, place):
-    right = tiers.kernel(tier, name)
-    segment = segment_bytes(name.bits)
-    if name.operation == "expansion_chain":
-        length = name.bits // 8
-        places = {"first": length, "last": 2 * length - 1, "behind": length}
-    elif name.operation == "expansion_indexed":  # the start of each segment is compared
-        places = {"first": 0, "last": 3 * segment + 199, "behind": 4 * segment}
-    else:
-        nbytes = {"xor": 256, "copy_past_cache": 256, "counter_past_cache": 1000}.get(name.operation, 300)
-        places = {"first": 0, "last": nbytes - 1, "behind": nbytes}
+def test_self_test_sees_one_wrong_bit(tier, name):
+    right, sibling = tiers.kernel(tier, name), functools.partial(tiers.kernel, tier)
+    selftest.check(tier.name, name, right, sibling)
+    place, places = 0, [0]
 
     def wrong(record):
         right(record)
-        target = RECORDS[name.operation].unpack(record)[0]
-        if name.operation == "counter_list":  # the first record tells where
-            target = ctypes.c_int64.from_address(target).value
-        ctypes.c_uint8.from_address(target + places[place]).value ^= 0x10
+        places[:] = bytes_compared(tier, name, record)
+        ctypes.c_uint8.from_address(places[place]).value ^= 0x10
 
-    selftest.check(tier.name, name, right, sibling)
-    with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{name}: got a wrong answer"):
-        selftest.check(tier.name, name, wrong, sibling)
+    while place < len(places):
+        with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{name}: got a wrong answer"):
+            selftest.check(tier.name, name, wrong, sibling)
+        place += 1
+    assert place > 1
 
 
 @pytest.fixture
