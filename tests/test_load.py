@@ -1,0 +1,58 @@
+"""The load test finds what it looks for: wrong results, and memory that grows."""
+
+from __future__ import annotations
+
+import re
+
+import load
+import pytest
+from processes import Process
+
+linux_only = pytest.mark.skipif(not load.Path("/proc/self/smaps_rollup").exists(), reason="this system is not Linux")
+
+
+@pytest.mark.parametrize("count", [3, 5, 10, 100])
+def test_growth(count):
+    steady = [{"heap": 1000 + i % 2} for i in range(count)]
+    assert abs(load.growth(steady)["heap"]) <= 0.002
+    growing = [{"heap": 1000 + 50 * i / count, "files": 9} for i in range(count)]
+    assert 0.01 < load.growth(growing)["heap"] < 0.05
+    assert load.growth(growing)["files"] == 0
+
+
+@pytest.mark.parametrize("when", range(30))
+def test_what_grows_once_or_for_once_is_no_growth(when):
+    once = [{"heap": 1000 if i < when else 1100} for i in range(30)]
+    assert load.growth(once) == {"heap": 0}
+    for_once = [{"heap": 1100 if i == when else 1000} for i in range(30)]
+    assert load.growth(for_once) == {"heap": 0}
+
+
+PLANT = """
+import sys
+import load
+
+calls, kept = [], []
+original = load.deeplock.unlock
+def unlock(data, *arguments, **keywords):
+    calls.append(1)
+    result = original(data, *arguments, **keywords)
+    {plant}
+    return result
+load.deeplock.unlock = unlock
+sys.exit(load.main(["--seconds", "3", "--threads", "2", "--processes", "1"]))
+"""
+PLANTS = {
+    "one wrong bit": ("if len(calls) == 50: result[-1] ^= 1", "\nmismatch: unlock from ", r", [1-9]\d* mismatches,"),
+    "an exception": ("if len(calls) == 50: 1 / 0", "\nZeroDivisionError: ", r", [1-9]\d* mismatches,"),
+    "a leak": ("kept.append(bytes(300_000))", "\ngrew by more than 1%: 2 threads: heap", r", 0 mismatches,"),
+}
+
+
+@linux_only
+@pytest.mark.parametrize("plant", PLANTS)
+def test_what_is_planted_is_found(plant):
+    code, message, total = PLANTS[plant]
+    output = Process(PLANT.replace("{plant}", code)).finish(returncode=1)
+    assert message in output
+    assert re.search(total, output)
