@@ -155,6 +155,7 @@ class _Mallinfo(ctypes.Structure):
 
 def measure():
     """Give what this process holds; all its threads should rest."""
+    time.sleep(0.02)  # the pool's threads let go of what they did last after they have said that it is done
     gc.collect()
     found = {}
     if hasattr(_libc, "malloc_trim"):  # glibc: what is free goes back to the system, and what is in use is known exactly
