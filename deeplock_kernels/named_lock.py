@@ -343,6 +343,8 @@ class NamedLock:
         self._tables.clear()
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_derivation"):  # as where somebody tries to copy it
+            return "NamedLock(unfinished)"
         return f"NamedLock({self.schedule}, {self._derivation.key_bits} bits)"
 
 
