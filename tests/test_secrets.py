@@ -467,3 +467,42 @@ def test_which_moments_can_show_a_key(folder):
         everything(schedule, master())  # compiling under watch would take minutes
         found |= Watch().over(lambda schedule=schedule: everything(schedule, master()))
     assert found == MOMENTS
+
+
+# Keys where they do not belong
+
+BYTES = {
+    "bytes": KEYS[256],
+    "a bytearray": bytearray(KEYS[256]),
+    "an array": np.frombuffer(KEYS[256], np.uint8),
+    "a list": list(KEYS[256]),
+    "digits": KEYS[256].hex(),
+    "digits as bytes": KEYS[256].hex().encode(),
+}
+WRONG_PLACES = {
+    "MasterKey.generate(bits)": deeplock.MasterKey.generate,
+    "MasterKey.from_file(path)": lambda value: deeplock.MasterKey.from_file([value]),
+    "LockHeader.from_json(text)": lambda value: deeplock.LockHeader.from_json([value]),
+    "lock(schedule)": lambda value: deeplock.lock(bytearray(9), value),
+    "lock(sbox)": lambda value: deeplock.lock(bytearray(9), deeplock.CounterSchedule(IV, IV), sbox=value),
+    "lock(offset)": lambda value: deeplock.lock(bytearray(9), deeplock.CounterSchedule(IV, IV), offset=value),
+    "lock(threads)": lambda value: deeplock.lock(bytearray(9), deeplock.CounterSchedule(IV, IV), threads=value),
+    "lock_tensors(tensors)": lambda value: deeplock.lock_tensors(value, OTHER),
+    "lock_tensors(schedule)": lambda value: deeplock.lock_tensors(model(), OTHER, schedule=value),
+    "lock_tensors(sbox)": lambda value: deeplock.lock_tensors(model(), OTHER, sbox=value),
+    "lock_tensors(only)": lambda value: deeplock.lock_tensors(model(), OTHER, only=[value]),
+    "unlock_tensor(name)": lambda value: deeplock.unlock_tensor(bytearray(9), OTHER, locked(OTHER)[1], value),
+    "unlock_tensors(header)": lambda value: deeplock.unlock_tensors(model(), OTHER, value),
+    "expand_key(words)": lambda value: deeplock.expand_key(OTHER, value),
+    "set_num_threads(threads)": deeplock.set_num_threads,
+    "use_tier(name)": deeplock.use_tier,
+    "warmup(tier)": deeplock.warmup,
+}
+
+
+@pytest.mark.parametrize("kind", BYTES)
+@pytest.mark.parametrize("place", WRONG_PLACES)
+def test_no_message_repeats_a_key_that_was_given_for_something_else(place, kind):
+    with pytest.raises((deeplock.DeepLockError, ValueError)) as caught:  # NumPy's own, where an array is compared
+        WRONG_PLACES[place](BYTES[kind])
+    assert LEAKS[256](str(caught.value), repr(caught.value), *map(str, caught.value.args)) == []
