@@ -7,6 +7,8 @@ import functools
 import json
 import re
 
+import numpy as np
+
 WINDOW = 8  # neighbouring bytes of a secret that nothing else holds by chance
 STEP = 4  # from one window to the next: every part of 11 bytes holds one
 
@@ -21,34 +23,43 @@ class Leaks:
     """
 
     def __init__(self, secrets):
-        assert all(len(secret) >= WINDOW for secret in secrets.values())
-        self._raw = {}
-        self._texts = {}
+        self._patterns = {}
         for name, secret in secrets.items():
             for start in range(0, len(secret) - WINDOW + 1, STEP):
                 part = secret[start : start + WINDOW]
-                self._raw[part] = name
-                self._texts |= {text: f"{name} as {form}" for form, text in written(part)}
+                self._patterns[part] = f"{name} as bytes"
+                self._patterns |= {text.encode(): f"{name} as {form}" for form, text in written(part)}
             for order in ("big", "little"):
-                self._texts[str(int.from_bytes(secret, order))] = f"{name} as one number"
-                self._texts[f"{int.from_bytes(secret, order):x}"] = f"{name} as one hexadecimal number"
-        self._in_text = functools.lru_cache(None)(self._search)
+                number = int.from_bytes(secret, order)
+                self._patterns[str(number).encode()] = f"{name} as one number"
+                self._patterns[f"{number:x}".encode()] = f"{name} as one hexadecimal number"
+        # All patterns are sought at once, by how they begin.
+        self._starts = np.unique(np.frombuffer(b"".join(pattern[:8] for pattern in self._patterns), np.uint64))
+        self._by_start = {}
+        for pattern in self._patterns:
+            self._by_start.setdefault(pattern[:8], []).append(pattern)
+        self._found_in = functools.lru_cache(None)(self._search)
 
     def __call__(self, *shown):
         """Say what of the secrets some texts and bytes hold, as a sorted list."""
-        return sorted({found for item in shown for found in self._find(item)})
+        return sorted({found for item in shown for found in self._found_in(item)})
 
-    def _find(self, item):
-        if isinstance(item, str):
-            return self._in_text(item)
-        data = bytes(item)
-        raw = {f"{name} as bytes" for part, name in self._raw.items() if part in data}
-        return raw | self._in_text(data.decode("latin-1")) | self._in_text(data.decode(errors="replace"))
-
-    def _search(self, text):
+    def _search(self, item):
+        data = item.encode(errors="replace") if isinstance(item, str) else bytes(item)
         # Hexadecimal digits may be of either case, and all kinds of lists may have other spaces and signs between.
-        plain = re.sub(r"[\s,;:_()\[\]-]+", " ", text.lower())
-        return {found for part, found in self._texts.items() if part in text or part in plain}
+        plain = re.sub(rb"[\s,;:_()\[\]-]+", b" ", data.lower())
+        return self._exact(data) | self._exact(plain)
+
+    def _exact(self, data):
+        found = set()
+        for offset in range(min(8, max(len(data) - 7, 0))):
+            words = np.frombuffer(data, np.uint64, (len(data) - offset) // 8, offset)
+            for i in np.flatnonzero(np.isin(words, self._starts)):
+                place = offset + 8 * int(i)
+                for pattern in self._by_start[data[place : place + 8]]:
+                    if data.startswith(pattern, place):
+                        found.add(self._patterns[pattern])
+        return found
 
 
 def written(part):

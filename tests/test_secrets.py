@@ -21,10 +21,12 @@ import pytest
 import safetensors.numpy
 from leaks import STEP, WINDOW, Leaks, written
 from llvmlite import ir
+from processes import run
 
 import deeplock_kernels as deeplock
 from deeplock_kernels import reference
 from deeplock_kernels import tensors as named
+from deeplock_kernels.cli import main
 from deeplock_kernels.keys import Derivation
 from deeplock_kernels.transform import Transform
 
@@ -506,3 +508,143 @@ def test_no_message_repeats_a_key_that_was_given_for_something_else(place, kind)
     with pytest.raises((deeplock.DeepLockError, ValueError)) as caught:  # NumPy's own, where an array is compared
         WRONG_PLACES[place](BYTES[kind])
     assert LEAKS[256](str(caught.value), repr(caught.value), *map(str, caught.value.args)) == []
+
+
+# The command
+
+
+COMMAND_LINES = {
+    "lock": (0, "lock plain new --key key"),
+    "lock by the paper": (0, "lock plain new --key key --schedule expansion --sbox sm4 --only *.bias"),
+    "unlock": (0, "unlock locked new --key key"),
+    "inspect": (0, "inspect locked"),
+    "inspect a plain file": (0, "inspect plain"),
+    "keygen": (0, "keygen new"),
+    "keygen over a key": (1, "keygen key"),
+    "tiers": (0, "tiers"),
+    "a key file as the model": (1, "lock key new --key key"),
+    "a key file as the locked model": (1, "unlock key new --key key"),
+    "a key file to inspect": (1, "inspect key"),
+    "a key file as both": (1, "lock plain key --key key --threads 1 --only none"),
+    "a model as the key": (1, "lock plain new --key plain"),
+    "a broken key": (1, "lock plain new --key broken\0key"),
+    "no key": (1, "lock plain new --key none"),
+    "another key": (3, "unlock locked new --key other"),
+    "a locked file": (1, "lock locked new --key key"),
+    "a plain file": (1, "unlock plain new --key key"),
+    "no file": (1, "unlock none new --key key"),
+    "no directory": (1, "lock plain none/new --key key"),
+    "no such S-Box": (2, "lock plain new --key key --sbox none"),
+    "no such option": (2, "lock plain new --key key --none"),
+    "nothing": (2, ""),
+    "--help": (0, "--help"),
+    "lock --help": (0, "lock --help"),
+    "unlock --help": (0, "unlock --help"),
+    "keygen --help": (0, "keygen --help"),
+    "inspect --help": (0, "inspect --help"),
+}
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_no_word_and_no_file_of_the_command_shows_a_key(line, folder, capsys):
+    code, text = COMMAND_LINES[line]
+    OTHER.to_file("other")
+    keys = {path.name: path.read_bytes() for path in folder.iterdir() if LEAKS[256](path.read_bytes())}
+    assert keys.keys() == {"key", "broken key"}
+    try:
+        found = main([part.replace("\0", " ") for part in text.split()])
+    except SystemExit as end:
+        found = end.code
+    assert found == code
+    assert LEAKS[256](*capsys.readouterr()) == []
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert LEAKS[256](path.name) == []
+        assert LEAKS[256](content) == [] or content == keys.get(path.name), path
+
+
+@pytest.mark.parametrize("read", [deeplock.read_header, lambda path: deeplock.lock_file(path, "new", OTHER)])
+def test_a_key_file_taken_for_a_model_shows_nothing_of_itself(read, folder):
+    said = set()
+    for digits in ("0" * 64, "1234567890abcdef" * 4, KEYS[256].hex()):
+        Path("key").write_text(digits + "\n")
+        with pytest.raises(deeplock.DeepLockError) as caught:
+            read("key")
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
+# A process from its start to its end
+
+PROGRAM = """
+import gc, logging, os, sys, warnings
+logging.basicConfig(level=logging.DEBUG, filename="log", format="%(name)s %(message)s %(args)s")
+logging.captureWarnings(True)
+warnings.simplefilter("always")
+import numpy as np
+import deeplock_kernels as deeplock
+
+def work():
+    with deeplock.MasterKey.from_file(sys.argv[1]) as key:
+        weights = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+        header = deeplock.lock_tensors(weights, key)
+        logging.debug("%s %r %s", key, header, {"key": key})
+        warnings.warn(f"{key}")
+        with deeplock.ExpansionSchedule(key) as schedule:
+            deeplock.lock(bytearray(9), schedule)
+        for name, wrong in (("lock", 1), ("unlock", 2)):
+            try:
+                getattr(deeplock, name + "_file")("plain", "new", key, threads=wrong - 1)
+            except deeplock.DeepLockError:
+                logging.exception("%s", name)
+        deeplock.lock_file("plain", "locked", key)
+        deeplock.unlock_tensors(weights, key, header)
+        with open("header", "w") as file:
+            file.write(header.to_json())
+
+work()
+gc.collect()
+seen, left = set(), [gc.get_objects(), [vars(module) for module in list(sys.modules.values())]]
+with open("alive", "wb") as file:
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        kind = type(value)  # isinstance would follow weak references
+        if issubclass(kind, (bytes, bytearray)):
+            file.write(value)
+        elif issubclass(kind, str):
+            file.write(value.encode(errors="replace"))
+        elif issubclass(kind, np.ndarray) and value.dtype != object:
+            file.write(value.tobytes())
+        elif hasattr(kind, "_length_"):  # memory of ctypes
+            file.write(bytes(value))
+        left += gc.get_referents(value)
+        file.write(b"\\n")
+print("done")
+"""
+
+
+def test_a_process_leaves_no_key_behind(tmp_path):
+    """Its log with all of Numba's, its warnings, every file that it makes, and what is alive after its last lock."""
+    (tmp_path / "secret").mkdir()
+    key, home = tmp_path / "secret" / "key", tmp_path / "home"
+    master().to_file(key)
+    home.mkdir()
+    safetensors.numpy.save_file(model(), home / "plain")
+    places = {"HOME": home, "TMPDIR": home, "XDG_CACHE_HOME": home, "DEEPLOCK_CACHE_DIR": home / "cache"}
+    program = PROGRAM.replace("SHAPES", repr(SHAPES))
+    assert run(program, key, cwd=home, NUMBA_CACHE_DIR=home / "numba", **places) == "done\n"
+    log = (home / "log").read_text()
+    assert "numba." in log
+    assert log.count("MasterKey(256 bits)") > 2
+    salt = deeplock.LockHeader.from_json((home / "header").read_text()).salt
+    file_salt = deeplock.read_header(home / "locked").salt
+    kept = {f"{name}, {n}": secret for n, s in enumerate((salt, file_salt)) for name, secret in derived(KEYS[256], s).items()}
+    leaks = Leaks(kept)
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert {"alive", "log", "header", "locked", "plain"} < {path.name for path in files}
+    assert any(path.suffix == ".o" for path in files)
+    for path in files:
+        assert leaks(str(path.relative_to(home)), path.read_bytes()) == [], path

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BITS, BOXES, KEYS, SCHEDULES, painted
 
-from deeplock_kernels import reference
+from deeplock_kernels import errors, reference
 from deeplock_kernels.buffers import memory
 from deeplock_kernels.errors import (
     BufferLayoutError,
@@ -843,7 +843,7 @@ def test_what_is_no_tensor_of_the_header(name):
     _, header = locked_tensor("counter")
     data = painted(1)
     arguments = (unlock_tensor, data, KEYS[192], header, name)
-    words = f"^name: got {re.escape(repr(name))}, which is not one of the header's 4 tensors"
+    words = f"^name: got {re.escape(errors.shown(name))}, which is not one of the header's 4 tensors"
     refused(TensorNameError, words, {"": data}, *arguments, out=data)
 
 
