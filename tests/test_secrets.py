@@ -53,8 +53,10 @@ def derived(master, salt):
     return found
 
 
+OTHER = deeplock.MasterKey.from_bytes(random.Random(7).randbytes(32))
 SECRETS = {bits: derived(key, SALT) for bits, key in KEYS.items()}
-LEAKS = {bits: Leaks(secrets) for bits, secrets in SECRETS.items()}
+OTHERS = {f"{name} of the other key": secret for name, secret in derived(bytes(OTHER._bytes), SALT).items()}
+LEAKS = {bits: Leaks(secrets | OTHERS) for bits, secrets in SECRETS.items()}
 each_length = pytest.mark.parametrize("bits", KEYS)
 
 
@@ -239,7 +241,6 @@ def locked(key, **keywords):
 
 
 OWN_BOX = deeplock.SBox(bytes(random.Random(3).sample(range(256), 256)))
-OTHER = deeplock.MasterKey.from_bytes(bytes(32))
 
 
 def mistakes_in_files(key, operation, source):
@@ -471,7 +472,7 @@ def test_which_moments_can_show_a_key(folder):
     assert found == MOMENTS
 
 
-# Keys where they do not belong
+# Keys where they do not belong, and what is nearly a key where one does
 
 BYTES = {
     "bytes": KEYS[256],
@@ -481,8 +482,18 @@ BYTES = {
     "digits": KEYS[256].hex(),
     "digits as bytes": KEYS[256].hex().encode(),
 }
+
+
+def no_key(value):
+    """Give what comes close to a key and is none."""
+    return value + value[:1] if isinstance(value, (str, bytes, bytearray)) else value
+
+
 WRONG_PLACES = {
     "MasterKey.generate(bits)": deeplock.MasterKey.generate,
+    "lock_tensors(key)": lambda value: deeplock.lock_tensors(model(), no_key(value)),
+    "MasterKey.from_bytes(data)": lambda value: deeplock.MasterKey.from_bytes(no_key(value)),
+    "MasterKey.from_hex(text)": lambda value: deeplock.MasterKey.from_hex(no_key(value)),
     "MasterKey.from_file(path)": lambda value: deeplock.MasterKey.from_file([value]),
     "LockHeader.from_json(text)": lambda value: deeplock.LockHeader.from_json([value]),
     "lock(schedule)": lambda value: deeplock.lock(bytearray(9), value),
@@ -550,7 +561,7 @@ def test_no_word_and_no_file_of_the_command_shows_a_key(line, folder, capsys):
     code, text = COMMAND_LINES[line]
     OTHER.to_file("other")
     keys = {path.name: path.read_bytes() for path in folder.iterdir() if LEAKS[256](path.read_bytes())}
-    assert keys.keys() == {"key", "broken key"}
+    assert keys.keys() == {"key", "other", "broken key"}
     try:
         found = main([part.replace("\0", " ") for part in text.split()])
     except SystemExit as end:
