@@ -54,7 +54,8 @@ class Leaks:
         found = set()
         for offset in range(min(8, max(len(data) - 7, 0))):
             words = np.frombuffer(data, np.uint64, (len(data) - offset) // 8, offset)
-            for i in np.flatnonzero(np.isin(words, self._starts)):
+            nearest = self._starts[np.searchsorted(self._starts, words) % len(self._starts)]
+            for i in np.flatnonzero(nearest == words):
                 place = offset + 8 * int(i)
                 for pattern in self._by_start[data[place : place + 8]]:
                     if data.startswith(pattern, place):
