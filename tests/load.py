@@ -103,6 +103,7 @@ class Worker:
             for name, tensor in self._model.items():
                 back = deeplock.unlock_tensor(tensor, key, header, name, threads=threads)
                 self._expect(f"unlock_tensor, {schedule}, {name}", back.tobytes() == self._original[name])
+            deeplock.verify_tensors(self._model, key, header, threads=threads)
             try:
                 deeplock.unlock_tensors(self._model, other, header, threads=threads)
                 self._expect("a wrong key was taken", False)
@@ -133,6 +134,7 @@ class Worker:
         plain, locked, back = (self._place / name for name in ("plain", "locked", "back"))
         with deeplock.MasterKey.from_bytes(self._secret) as key:
             deeplock.lock_file(plain, locked, key, schedule=schedule, sbox=self._sbox, threads=threads)
+            deeplock.verify_file(locked, key, threads=threads)
             deeplock.unlock_file(locked, back, key, threads=threads)
         self._expect(f"lock_file, {schedule}", locked.read_bytes() not in (self._file, b""))
         self._expect(f"unlock_file, {schedule}", back.read_bytes() == self._file)
