@@ -57,7 +57,7 @@ class KeyTable:
     derive
         Gives it, or what `complete` makes it of, by name.
     complete
-        Makes it at an address where `derive` has left the first bytes.
+        Makes it at an address where `derive` has left the first bytes, and which is not its place.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class KeyTable:
         self._places = {name: i * nbytes for i, name in enumerate(names)}
         self._memory = bytearray(nbytes * max(len(self._places), 1))
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._derive, self._complete = derive, complete
+        self._nbytes, self._derive, self._complete = nbytes, derive, complete
         self._derived: set[str] = set()
 
     def address(self, name: str) -> int:
@@ -81,11 +81,14 @@ class KeyTable:
         """Derive what is needed now."""
         for name in names:
             if name not in self._derived:
-                place, secret = self._places[name], self._derive(name)
-                self._memory[place : place + len(secret)] = secret
+                # Two threads may do this at once, and a kernel use the result already: it is put there whole.
+                secret = bytearray(self._derive(name).ljust(self._nbytes, b"\0"))
                 if self._complete is not None:
-                    self._complete(self._start + place)
+                    self._complete(ctypes.addressof(ctypes.c_char.from_buffer(secret)))
+                place = self._places[name]
+                self._memory[place : place + self._nbytes] = secret
                 self._derived.add(name)
+                secret[:] = bytes(self._nbytes)
 
     def wipe(self) -> None:
         """Fill it with zeros."""
