@@ -82,13 +82,13 @@ class KeyTable:
         for name in names:
             if name not in self._derived:
                 # Two threads may do this at once, and a kernel use the result already: it is put there whole.
-                secret = bytearray(self._derive(name).ljust(self._nbytes, b"\0"))
+                made = ctypes.create_string_buffer(self._derive(name), self._nbytes)
                 if self._complete is not None:
-                    self._complete(ctypes.addressof(ctypes.c_char.from_buffer(secret)))
+                    self._complete(ctypes.addressof(made))
                 place = self._places[name]
-                self._memory[place : place + self._nbytes] = secret
+                self._memory[place : place + self._nbytes] = made.raw
                 self._derived.add(name)
-                secret[:] = bytes(self._nbytes)
+                ctypes.memset(made, 0, self._nbytes)
 
     def wipe(self) -> None:
         """Fill it with zeros."""

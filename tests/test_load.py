@@ -68,7 +68,7 @@ os.fsync = lambda descriptor: None  # it is most of the time
 worker = load.Worker(4, sys.argv[1])
 worker.turn()
 found = {}
-for work, warm, count in ((worker._lock_tensors, 400, 40), (worker._lock_flat, 20, 20), (worker._lock_file, 250, 40)):
+for work, warm, count in ((worker._lock_tensors, 300, 80), (worker._lock_flat, 20, 20), (worker._lock_file, 250, 80)):
     for _ in range(warm):  # Python's lists of free objects fill slowly
         work("counter", 2)
     for schedule in ("counter", "expansion"):

@@ -490,7 +490,6 @@ MOMENTS = {
     ("keys.py", "from_file", "secret"),
     ("keys.py", "key_bytes", "data"),
     ("keys.py", "key_bytes", "key"),
-    ("pieces.py", "need", "secret"),
     ("schedules/counter.py", "__init__", "iv"),
     ("schedules/counter.py", "__init__", "key"),
     ("schedules/counter.py", "__init__", "secret"),

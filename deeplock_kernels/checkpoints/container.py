@@ -462,8 +462,8 @@ def _read_text(file: BinaryIO, size: int, source: str) -> str:
     room = min(size - _LENGTH_BYTES, MAX_TABLE_BYTES)
     if length > room:
         # The number is not shown: of a key file it would be eight digits of the key.
-        got = f"got a table longer than that by its first {_LENGTH_BYTES} bytes"
-        raise _refusal(source, got, f"at most {room} bytes are accepted for this file")
+        got = f"got a table that is too long, by its first {_LENGTH_BYTES} bytes"
+        raise _refusal(source, got, f"at most {room} are accepted for this file")
     encoded = _read(file, length, source)
     try:
         text = encoded.decode()
