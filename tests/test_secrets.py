@@ -502,10 +502,10 @@ MOMENTS = {
 
 
 def test_which_moments_can_show_a_key(folder):
-    found = set()
+    found, key = set(), master()
     for schedule in ("counter", "expansion"):
-        everything(schedule, master())  # compiling under watch would take minutes
-        found |= Watch().over(lambda schedule=schedule: everything(schedule, master()))
+        everything(schedule, key)  # compiling under watch would take minutes
+        found |= Watch().over(lambda schedule=schedule: everything(schedule, key))
     assert found == MOMENTS
 
 
