@@ -8,7 +8,7 @@ import secrets
 from types import TracebackType
 from typing import NoReturn
 
-from deeplock_kernels.errors import KeyFormatError, KeyTypeError, KeyWipedError, ParameterError
+from deeplock_kernels.errors import KeyFormatError, KeyTypeError, KeyWipedError, ParameterError, shown
 from deeplock_kernels.files import file_errors, path_text
 
 KEY_BITS = (128, 192, 256)
@@ -45,7 +45,7 @@ class MasterKey:
             `bits` is not 128, 192 or 256.
         """
         if not hasattr(bits, "__index__") or isinstance(bits, bool) or bits not in KEY_BITS:
-            raise ParameterError(f"bits: got {bits!r}, accepted are 128, 192 and 256")
+            raise ParameterError(f"bits: got {shown(bits)}, accepted are 128, 192 and 256")
         return cls.from_bytes(secrets.token_bytes(int(bits) // 8))
 
     @classmethod

@@ -18,6 +18,7 @@ from deeplock_kernels.errors import (
     TamperedHeaderError,
     UnknownNameError,
     WrongKeyError,
+    shown,
 )
 from deeplock_kernels.header import SALT_BYTES, SEAL_BYTES, LockHeader, TensorRecord, sbox_field
 from deeplock_kernels.kernels.signatures import RECORDS, KernelName
@@ -67,7 +68,7 @@ class NamedLock:
             There is no such schedule.
         """
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
-            raise UnknownNameError(f"schedule: got {schedule!r}, accepted are {', '.join(SCHEDULES)}")
+            raise UnknownNameError(f"schedule: got {shown(schedule)}, accepted are {', '.join(SCHEDULES)}")
         salt = secrets.token_bytes(SALT_BYTES)
         return cls(key, Derivation(key, salt), salt, schedule, sbox)
 
@@ -369,6 +370,8 @@ class NamedLock:
         self._tables.clear()
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_derivation"):  # as where somebody tries to copy it
+            return "NamedLock(unfinished)"
         return f"NamedLock({self.schedule}, {self.key_bits} bits)"
 
 

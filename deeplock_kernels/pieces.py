@@ -50,7 +50,7 @@ class KeyTable:
     derive
         Gives it, or what `complete` makes it of, by name.
     complete
-        Makes it at an address where `derive` has left the first bytes.
+        Makes it at an address where `derive` has left the first bytes, and which is not its place.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class KeyTable:
         """Derive what is needed now."""
         for name in names:
             if name not in self._derived:
-                made = bytearray(self._derive(name).ljust(self._nbytes, b"\0"))
+                # Two threads may do this at once, and a kernel use the result already: it is put there whole.
+                made = ctypes.create_string_buffer(self._derive(name), self._nbytes)
                 if self._complete is not None:
-                    self._complete(ctypes.addressof(ctypes.c_char.from_buffer(made)))
-                # Made elsewhere, for a thread that was quicker may be using what is here: these same bytes.
+                    self._complete(ctypes.addressof(made))
                 place = self._places[name]
-                self._memory[place : place + self._nbytes] = made
-                made[:] = bytes(self._nbytes)
+                self._memory[place : place + self._nbytes] = made.raw
                 self._derived.add(name)
+                ctypes.memset(made, 0, self._nbytes)
 
     def wipe(self) -> None:
         """Fill it with zeros."""

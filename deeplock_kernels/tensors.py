@@ -15,6 +15,7 @@ from deeplock_kernels.errors import (
     ParameterError,
     SizeMismatchError,
     TensorNameError,
+    shown,
 )
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.locking import find_sbox, unlock
@@ -263,7 +264,7 @@ def unlock_tensor(
     lock = NamedLock.from_header(key, header, check=check, sbox=sbox, names=names)
     if not isinstance(name, str) or name not in header.tensors:
         raise TensorNameError(
-            f"name: got {name!r}, which is not one of the header's {len(header.tensors)} tensors"
+            f"name: got {shown(name)}, which is not one of the header's {len(header.tensors)} tensors"
         )
     source = buffers.memory(data)
     offset = check_range(offset, source.nbytes)

@@ -184,7 +184,7 @@ def test_what_is_no_text(value):
 
 @pytest.mark.parametrize("bits", [0, -128, 1, 16, 32, 127, 129, 512, True, None, "256", 256.0, 128.5, [], b""], ids=repr)
 def test_what_is_no_number_of_bits(bits):
-    refuse(errors.ParameterError, ValueError, f"bits: got {bits!r}, accepted are", MasterKey.generate, bits)
+    refuse(errors.ParameterError, ValueError, f"bits: got {errors.shown(bits)}, accepted are", MasterKey.generate, bits)
 
 
 NO_KEY_FILE = {

@@ -475,7 +475,8 @@ def _read_text(file: BinaryIO, size: int, source: str) -> str:
     length = int.from_bytes(_read(file, _LENGTH_BYTES, source), "little")
     room = min(size - _LENGTH_BYTES, MAX_TABLE_BYTES)
     if length > room:
-        got = f"got a table of {length} bytes by its first {_LENGTH_BYTES}"
+        # The number is not shown: of a key file it would be eight digits of the key.
+        got = f"got a table that is too long, by its first {_LENGTH_BYTES} bytes"
         raise _refusal(source, got, f"at most {room} are accepted for this file")
     encoded = _read(file, length, source)
     try:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from deeplock_kernels.errors import KernelError, ParameterError, UnknownNameError, UnsupportedTierError
+from deeplock_kernels.errors import KernelError, ParameterError, UnknownNameError, UnsupportedTierError, shown
 from deeplock_kernels.kernels.signatures import KernelName, every_name
 from deeplock_kernels.runtime import codecache, pool, selftest
 
@@ -156,7 +156,7 @@ def _find(name: object, argument: str) -> Tier:
                 f"{argument}: got {name!r}, which needs {missing}, and this machine has not; "
                 f"supported here: {', '.join(t.name for t in TIERS if t.supported)}"
             )
-    raise UnknownNameError(f"{argument}: got {name!r}, accepted are {', '.join(t.name for t in TIERS)}")
+    raise UnknownNameError(f"{argument}: got {shown(name)}, accepted are {', '.join(t.name for t in TIERS)}")
 
 
 def _permitted(tier: Tier, argument: str, required: bool) -> Tier:
