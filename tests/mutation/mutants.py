@@ -863,6 +863,86 @@ MUTANTS = (
         'b"deeplock/v1/Header"',
         ("test_tensors.py::test_tensors_are_locked_as_the_oracle_does[counter-128-aes]",),
     ),
+    Mutant(
+        "seal-compared",
+        "any seal passes",
+        "named_lock.py",
+        'not hmac.compare_digest(seal, found.to_bytes(SEAL_BYTES, "big"))',
+        "not hmac.compare_digest(seal, seal)",
+        ("test_attacks.py::test_known_weights_cannot_be_replaced_by_chosen_ones_unnoticed",),
+    ),
+    Mutant(
+        "seal-order",
+        "tensors are unlocked before their seals are compared",
+        "tensors.py",
+        "            lock.expect(lock.seals(_sealed(lock, storages), count))\n"
+        "        buffers.note_written(*(tensors[name] for name in header.tensors))\n"
+        "        lock.unlock(ranges, count)\n",
+        "            found = lock.seals(_sealed(lock, storages), count)\n"
+        "        lock.unlock(ranges, count)\n"
+        "        if check and seal:\n"
+        "            lock.expect(found)\n",
+        ("test_attacks.py::test_known_weights_cannot_be_replaced_by_chosen_ones_unnoticed",),
+    ),
+    Mutant(
+        "mac-compared",
+        "any mac passes",
+        "named_lock.py",
+        "not hmac.compare_digest(derivation.mac(header.authenticated()), header.mac):",
+        "not hmac.compare_digest(header.mac, header.mac):",
+        ("test_attacks.py::test_a_tensor_taken_out_of_the_header_is_noticed",),
+    ),
+    Mutant(
+        "mac-missing",
+        "a header without a mac passes",
+        "named_lock.py",
+        "    if header.mac is None:\n        raise",
+        "    if header.mac is None:\n        return\n    if False:\n        raise",
+        ("test_attacks.py::test_seals_taken_out_or_made_anew_are_noticed",),
+    ),
+    Mutant(
+        "mac-table",
+        "the mac does not cover the table of a file",
+        "header.py",
+        "header if self.file is None else",
+        "header if True else",
+        ("test_cli.py::test_a_command_that_fails[verify of another shape-new]",),
+    ),
+    Mutant(
+        "exit-altered",
+        "an altered file has the exit code of any failure",
+        "cli.py",
+        "return _complain(error, TAMPERED)",
+        "return _complain(error, FAILED)",
+        ("test_cli.py::test_a_command_that_fails[unlock of altered weights-new]",),
+    ),
+    Mutant(
+        "rekey-stream",
+        "rekeying takes the new key stream alone",
+        "kernels/vectorized.py",
+        "return xor(encrypted[0], encrypted[1])",
+        "return encrypted[1]",
+        ("test_tiers.py::test_self_test_sees_one_wrong_bit[{tier}-rekey_128_identity]",),
+        VECTORS,
+    ),
+    Mutant(
+        "rekey-masked-tail",
+        "rekeying by a mask leaves what is less than a vector",
+        "kernels/vectorized.py",
+        "        left = nbytes - whole\n        if left > 0:",
+        "        left = nbytes - whole\n        if left > 63:",
+        ("test_tiers.py::test_self_test_sees_one_wrong_bit[{tier}-rekey_masked_identity]",),
+        VECTORS,
+    ),
+    Mutant(
+        "self-test-seal",
+        "the self-test of sealing does not compare the seal",
+        "runtime/selftest.py",
+        'return data.raw == expected + b"\\0" and sealed.seal() == reference.seal(_KEY, locked)',
+        'return data.raw == expected + b"\\0"',
+        ("test_tiers.py::test_self_test_sees_one_wrong_bit[{tier}-counter_sealed_128_identity_lock]",),
+        VECTORS,
+    ),
     # ----------------------------------------------------------------------- all or nothing
     Mutant(
         "undo-one",
