@@ -41,7 +41,7 @@ def test_from_bytes(bits, kind):
     key = MasterKey.from_bytes(kind(SECRETS[bits]))
     assert key.bits == bits
     assert key_bytes(key) == SECRETS[bits]
-    assert type(key_bytes(key)) is bytes
+    assert isinstance(key_bytes(key), bytes)
 
 
 def test_from_bytes_takes_a_copy():

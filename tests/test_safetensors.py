@@ -235,7 +235,7 @@ def test_the_library_s_arrays_unlock_in_memory(tmp_path, schedule):
         part = unlock_tensor(tensors[name].tobytes()[1:], KEY, header, name, offset=1)
         assert part.tobytes() == array.tobytes()[1:]
     bare = LockHeader.from_json(metadata_of(locked)["deeplock"])  # it does not know the file that its mac is over
-    with pytest.raises(TamperedHeaderError, match="; take the header of a file with read_header$"):
+    with pytest.raises(TamperedHeaderError, match=r"; take the header of a file with read_header$"):
         unlock_tensors(tensors, KEY, bare)
     unlock_tensors(tensors, KEY, header)
     assert {name: array.tobytes() for name, array in tensors.items()} == {

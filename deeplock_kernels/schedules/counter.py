@@ -6,7 +6,7 @@ import ctypes
 
 from deeplock_kernels.errors import KeyFormatError, KeyTypeError
 from deeplock_kernels.kernels.signatures import RECORDS
-from deeplock_kernels.keys import MasterKey, key_bytes
+from deeplock_kernels.keys import Hidden, MasterKey, key_bytes
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import Kernel
 from deeplock_kernels.schedules.base import RCON_ADDRESS, Schedule
@@ -43,7 +43,7 @@ class CounterSchedule(Schedule):
     ) -> None:
         if not isinstance(iv, (bytes, bytearray, memoryview)):
             raise KeyTypeError(f"iv: got {type(iv).__name__}, accepted are 16 bytes")
-        start = bytes(iv)
+        start = Hidden(iv)
         if len(start) != 16:
             raise KeyFormatError(f"iv: got {len(start)} bytes, accepted are 16")
         secret = key_bytes(key)
