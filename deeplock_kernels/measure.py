@@ -200,7 +200,7 @@ def peers(data: Any) -> dict[str, Work]:
         sealed = np.empty(data.nbytes + 16, np.uint8)
         cipher = AESGCM(bytes(range(16)))
         found["cryptography AES-128-GCM, encrypt_into"] = lambda: cipher.encrypt_into(
-            bytes(12), memoryview(data), None, memoryview(sealed)
+            bytes(12), data.data, None, sealed.data
         )
     return found
 
