@@ -181,6 +181,13 @@ def what_takes_data_to_general_registers(name, code):
         public += rf"|x\d+, #{name.bits // 8}"
     if name.operation == "counter_list":
         public += r"|x\d+(, #(16|32))?"
+    if name.operation in ("counter_sealed", "seal", "rekey", "rekey_masked"):
+        # The register that the first record is read by reads the rest of it, and the other records.
+        places = (re.match(r"\[(x\d+)", line.place) for line in code if line.mnemonic in ("ldp", "ldr"))
+        record = next(place[1] for place in places if place and place[1] not in ("x2", "x29"))
+        public += rf"|{record}(, #\d+)?"
+    if name.operation == "rekey":
+        public += rf"|x\d+, #{name.bits // 8}"
     at_labels, before = {}, None  # what `held` may be where a label is reached
     while at_labels != before:
         before = {label: set(held) for label, held in at_labels.items()}

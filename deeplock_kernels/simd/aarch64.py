@@ -23,6 +23,7 @@ from deeplock_kernels.simd.vectors import (
     in_blocks,
     join,
     operation,
+    pinned,
     pointer,
     quad,
     split,
@@ -59,6 +60,8 @@ aes_stages = cipher_stages(16, "w", _round)
 
 
 def _product(builder: Any, a: Any, b: Any, high_of_a: bool, high_of_b: bool) -> Any:
+    # From vector registers: of memory LLVM would take the halves through general ones.
+    a, b = pinned(builder, "w", (a, b))
     halves = [
         builder.extract_element(as_lanes(builder, value, 64), ir.IntType(32)(int(high)))
         for value, high in ((a, high_of_a), (b, high_of_b))
