@@ -60,7 +60,7 @@ aes_stages = cipher_stages(16, "w", _round)
 
 def _product(builder: Any, a: Any, b: Any, high_of_a: bool, high_of_b: bool) -> Any:
     halves = [
-        builder.extract_element(as_lanes(builder, value, 64), ir.IntType(32)(high))
+        builder.extract_element(as_lanes(builder, value, 64), ir.IntType(32)(int(high)))
         for value, high in ((a, high_of_a), (b, high_of_b))
     ]
     return call(builder, "pmull", halves)
