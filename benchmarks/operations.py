@@ -13,11 +13,12 @@ from benchmarks.workspace import Spot
 from deeplock_kernels import measure
 from deeplock_kernels.kernels.signatures import RECORDS, KernelName
 from deeplock_kernels.locking import lock, substitute, unlock
+from deeplock_kernels.rekeying import rekey
 from deeplock_kernels.runtime import forms
 from deeplock_kernels.runtime.tiers import Tier, active_tier, kernel, use_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
 from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule, Schedule
-from deeplock_kernels.tensors import lock_tensors, unlock_tensors
+from deeplock_kernels.tensors import lock_tensors, unlock_tensors, verify_tensors
 from deeplock_kernels.transform import IDENTITY, Transform
 
 _KEY = bytes(range(32))
@@ -82,6 +83,28 @@ def _first_pass(spot: Spot, threads: int) -> Work:
     return lambda: lock(data, ExpansionSchedule(_KEY[:16]), out=data, threads=threads)
 
 
+def _lock_and_seal(bits: int) -> Callable[[Spot, int], Work]:
+    def prepare(spot: Spot, threads: int) -> Work:
+        tensors = {"weights": spot.data}
+        return lambda: lock_tensors(tensors, _KEY[: bits // 8], threads=threads)
+
+    return prepare
+
+
+def _verify(spot: Spot, threads: int) -> Work:
+    tensors = {"weights": spot.data}
+    header = lock_tensors(tensors, _KEY[:16], threads=threads)
+    return lambda: verify_tensors(tensors, _KEY[:16], header, threads=threads)
+
+
+def _rekey(bits: int) -> Callable[[Spot, int], Work]:
+    def prepare(spot: Spot, threads: int) -> Work:
+        old, new, data = schedule("counter", bits), CounterSchedule(_KEY[-(bits // 8) :], _IV), spot.data
+        return lambda: rekey(data, old, new, out=data, threads=threads)
+
+    return prepare
+
+
 def _substitute(inverse: bool) -> Callable[[Spot, int], Work]:
     def prepare(spot: Spot, threads: int) -> Work:
         data = spot.data
@@ -104,6 +127,9 @@ UNLOCK = Operation("unlock", _locking(unlock, "counter"))
 OPERATIONS = (
     LOCK,
     UNLOCK,
+    Operation("lock and seal", _lock_and_seal(128)),
+    Operation("verify", _verify),
+    Operation("rekey", _rekey(128)),
     Operation("lock into other memory", _locking_elsewhere(lock), memory=2, in_place=False),
     Operation("unlock into other memory", _locking_elsewhere(unlock), memory=2, in_place=False),
     Operation("lock into a new array", _new_array, memory=2, in_place=False),
@@ -117,10 +143,14 @@ OPERATIONS = (
 )
 """On one buffer, in place, counter schedule, 128 bits, the S-Box of AES, unless the name says otherwise."""
 
-KEY_LENGTHS = tuple(
-    Operation(f"lock, {kind}, {bits} bits", _locking(lock, kind, bits))
-    for kind in ("counter", "expansion")
-    for bits in (128, 192, 256)
+KEY_LENGTHS = (
+    *(
+        Operation(f"lock, {kind}, {bits} bits", _locking(lock, kind, bits))
+        for kind in ("counter", "expansion")
+        for bits in (128, 192, 256)
+    ),
+    *(Operation(f"lock and seal, {bits} bits", _lock_and_seal(bits)) for bits in (128, 192, 256)),
+    *(Operation(f"rekey, {bits} bits", _rekey(bits)) for bits in (128, 192, 256)),
 )
 
 
@@ -180,12 +210,15 @@ def locking_tensors(model: Model, kind: str, threads: int) -> Prepare:
 
 
 def unlocking_tensors(model: Model, kind: str, threads: int) -> Prepare:
-    """Unlock a model's tensors by name in place; which bytes they hold does not matter to its speed."""
+    """Unlock a model's tensors by name in place; which bytes they hold does not matter to its speed.
+
+    Nor do seals, which are not compared: a second round would find unlocked tensors.
+    """
 
     def prepare(spot: Spot) -> Work:
         tensors = model.place(spot.data)
         header = lock_tensors(tensors, _KEY[:16], schedule=kind, threads=threads)
-        return lambda: unlock_tensors(tensors, _KEY[:16], header, threads=threads)
+        return lambda: unlock_tensors(tensors, _KEY[:16], header, seal=False, threads=threads)
 
     return prepare
 

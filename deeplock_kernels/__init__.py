@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "deeplock_kernels.checkpoints.safetensors": ("lock_file", "read_header", "unlock_file", "verify_file"),
+    "deeplock_kernels.checkpoints.safetensors": (
+        "lock_file",
+        "read_header",
+        "rekey_file",
+        "unlock_file",
+        "verify_file",
+    ),
     "deeplock_kernels.errors": ("DeepLockError", "TamperedError", "TamperedHeaderError", "WrongKeyError"),
     "deeplock_kernels.header": ("LockHeader",),
     "deeplock_kernels.keys": ("MasterKey",),
     "deeplock_kernels.locking": ("lock", "substitute", "unlock"),
+    "deeplock_kernels.rekeying": ("rekey", "rekey_tensors"),
     "deeplock_kernels.runtime.pool": ("get_num_threads", "set_num_threads"),
     "deeplock_kernels.runtime.tiers": ("tiers", "use_tier", "warmup"),
     "deeplock_kernels.sboxes": ("AES", "SBOXES", "SBox"),
@@ -29,6 +36,7 @@ __all__ = ["__version__", *sorted(_HOME_BY_NAME)]
 if TYPE_CHECKING:
     from deeplock_kernels.checkpoints.safetensors import lock_file as lock_file
     from deeplock_kernels.checkpoints.safetensors import read_header as read_header
+    from deeplock_kernels.checkpoints.safetensors import rekey_file as rekey_file
     from deeplock_kernels.checkpoints.safetensors import unlock_file as unlock_file
     from deeplock_kernels.checkpoints.safetensors import verify_file as verify_file
     from deeplock_kernels.errors import DeepLockError as DeepLockError
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
     from deeplock_kernels.locking import lock as lock
     from deeplock_kernels.locking import substitute as substitute
     from deeplock_kernels.locking import unlock as unlock
+    from deeplock_kernels.rekeying import rekey as rekey
+    from deeplock_kernels.rekeying import rekey_tensors as rekey_tensors
     from deeplock_kernels.runtime.pool import get_num_threads as get_num_threads
     from deeplock_kernels.runtime.pool import set_num_threads as set_num_threads
     from deeplock_kernels.runtime.tiers import tiers as tiers

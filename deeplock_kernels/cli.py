@@ -2,7 +2,8 @@
 
 Exit codes: 0 done; 1 it could not be done (a bad file, a full disk, ...); 2 the command line is wrong; 3 the key is
 not the right one; 4 the locked file was altered; 130 interrupted. Results go to the standard output, messages and
-progress to the standard error. A message is one line `deeplock: error: ...`. A command that fails leaves no output file.
+progress to the standard error. A message is one line `deeplock: error: ...`. A command that fails leaves no output
+file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from deeplock_kernels import __version__
-from deeplock_kernels.errors import DeepLockError, FileAccessError, TamperedError, WrongKeyError
+from deeplock_kernels.errors import (
+    DeepLockError,
+    FileAccessError,
+    SameFileError,
+    TamperedError,
+    WrongKeyError,
+)
 
 DONE, FAILED, USAGE, WRONG_KEY, TAMPERED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _LARGEST_SIZE = 1 << 46  # bytes, beyond what any machine has
@@ -120,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
+
+    rekeyer = command("rekey", _rekey, "lock a locked file anew under another key, without unlocking it")
+    _add_files(rekeyer)
+    rekeyer.add_argument("--new-key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
     verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
@@ -228,6 +239,18 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+def _spare_key_file(arguments: argparse.Namespace) -> None:
+    """Refuse an output that would take the place of the key, without which nothing can be unlocked again."""
+    from deeplock_kernels.files import check_distinct
+
+    try:
+        check_distinct(arguments.key, arguments.output)
+    except SameFileError:
+        raise SameFileError(
+            f"{arguments.output}: it is the key file; another file is accepted; write to a new path"
+        ) from None
+
+
 def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
@@ -243,6 +266,7 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
+        _spare_key_file(arguments)
         header = lock_file(
             arguments.input,
             arguments.output,
@@ -264,8 +288,24 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
+        _spare_key_file(arguments)
         unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
     yield f"{arguments.output}: unlocked"
+
+
+def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.safetensors import rekey_file
+    from deeplock_kernels.keys import MasterKey
+
+    with (
+        MasterKey.from_file(arguments.key) as key,
+        MasterKey.from_file(arguments.new_key) as new_key,
+        _progress(arguments.input, "rekeying") as progress,
+    ):
+        header = rekey_file(
+            arguments.input, arguments.output, key, new_key, threads=arguments.threads, progress=progress
+        )
+    yield f"{arguments.output}: {len(header.tensors)} tensors locked under the new key and sealed"
 
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:

@@ -6,6 +6,8 @@ first, then what was got, what is accepted, and one hint. No message ever holds 
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "AlreadyLockedError",
     "BufferLayoutError",
@@ -142,3 +144,10 @@ class SelfTestError(DeepLockError, RuntimeError):
 
 class KernelError(DeepLockError, RuntimeError):
     """A kernel could not be compiled or loaded."""
+
+
+def shown(value: object) -> str:
+    """Give a refused argument for a message, and only its type where it may be a key or weights."""
+    plain = value is None or isinstance(value, (bool, int, float))
+    plain = plain or (isinstance(value, str) and not re.search("[0-9A-Fa-f]{32}", value))
+    return repr(value) if plain else type(value).__name__

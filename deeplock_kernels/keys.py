@@ -6,14 +6,28 @@ import hmac
 import os
 import secrets
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from deeplock_kernels.errors import KeyFormatError, KeyTypeError, KeyWipedError, ParameterError
+from deeplock_kernels.errors import KeyFormatError, KeyTypeError, KeyWipedError, ParameterError, shown
 from deeplock_kernels.files import file_errors, path_text
 
 KEY_BITS = (128, 192, 256)
 _LENGTHS = tuple(bits // 8 for bits in KEY_BITS)
 _HEX_DIGITS = frozenset("0123456789abcdef")
+
+
+class Hidden(bytes):
+    """Bytes that reporters of errors cannot show, who collect the local variables of all frames."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
+
+    __str__ = __repr__
+
+    def __getitem__(self, index: Any) -> Any:
+        return Hidden(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
 
 class MasterKey:
@@ -45,8 +59,8 @@ class MasterKey:
             `bits` is not 128, 192 or 256.
         """
         if not hasattr(bits, "__index__") or isinstance(bits, bool) or bits not in KEY_BITS:
-            raise ParameterError(f"bits: got {bits!r}, accepted are 128, 192 and 256")
-        return cls.from_bytes(secrets.token_bytes(int(bits) // 8))
+            raise ParameterError(f"bits: got {shown(bits)}, accepted are 128, 192 and 256")
+        return cls.from_bytes(Hidden(secrets.token_bytes(int(bits) // 8)))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> MasterKey:
@@ -80,7 +94,7 @@ class MasterKey:
             raise KeyFormatError(
                 f"text: got {len(text)} characters, accepted are 32, 48 or 64 lowercase hexadecimal digits"
             )
-        return cls.from_bytes(bytes.fromhex(text))
+        return cls.from_bytes(Hidden(bytes.fromhex(text)))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> MasterKey:
@@ -95,7 +109,7 @@ class MasterKey:
         """
         text = path_text(path)
         with file_errors(text, "read"), open(text, "rb") as file:
-            secret = _from_line(file.read(66))  # a traceback shows nothing else of the file's content
+            secret = _from_line(Hidden(file.read(66)))  # a traceback shows nothing else of the file's content
         if secret is None:
             raise KeyFormatError(
                 f"{text}: not a key file; accepted is one line of 32, 48 or 64 lowercase hexadecimal digits"
@@ -177,13 +191,13 @@ def key_bytes(key: object, argument: str = "key") -> bytes:
     if isinstance(key, MasterKey):
         if not key._bytes:
             raise KeyWipedError(f"{argument}: got a MasterKey that was wiped; make it again from its source")
-        return bytes(key._bytes)
+        return Hidden(key._bytes)
     if not isinstance(key, (bytes, bytearray, memoryview)):
         hint = (
             "; a text of hexadecimal digits goes through MasterKey.from_hex" if isinstance(key, str) else ""
         )
         raise KeyTypeError(f"{argument}: got {type(key).__name__}, accepted are bytes or a MasterKey{hint}")
-    data = bytes(key)
+    data = Hidden(key)
     if len(data) not in _LENGTHS:
         raise KeyFormatError(f"{argument}: got {len(data)} bytes, accepted are 16, 24 or 32")
     return data
@@ -191,9 +205,9 @@ def key_bytes(key: object, argument: str = "key") -> bytes:
 
 def _from_line(line: bytes) -> bytes | None:
     """Give the key in the line of a key file, or None."""
-    digits = line.removesuffix(b"\n")
+    digits = Hidden(line.removesuffix(b"\n"))
     valid = len(digits) in (32, 48, 64) and all(chr(digit) in _HEX_DIGITS for digit in digits)
-    return bytes.fromhex(digits.decode()) if valid else None
+    return Hidden(bytes.fromhex(digits.decode())) if valid else None
 
 
 class Derivation:
@@ -216,12 +230,12 @@ class Derivation:
 
     def _expand(self, info: bytes, length: int) -> bytes:
         if length <= 32:
-            return hmac.digest(self._pseudorandom_key, info + b"\1", "sha256")[:length]
-        output = block = b""
+            return Hidden(hmac.digest(self._pseudorandom_key, info + b"\1", "sha256")[:length])
+        output = block = Hidden()
         for counter in range(1, -(-length // 32) + 1):
-            block = hmac.digest(self._pseudorandom_key, block + info + bytes((counter,)), "sha256")
-            output += block
-        return output[:length]
+            block = Hidden(hmac.digest(self._pseudorandom_key, block + info + bytes((counter,)), "sha256"))
+            output = Hidden(output + block)
+        return Hidden(output[:length])
 
     def tensor_key_iv(self, schedule: str, sbox: str, name: str) -> bytes:
         """Give a tensor's own key, as long as the master key, and behind it its 16-byte iv."""

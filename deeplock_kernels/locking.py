@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from deeplock_kernels import buffers
-from deeplock_kernels.errors import BufferTypeError, UnknownNameError
+from deeplock_kernels.errors import BufferTypeError, UnknownNameError, shown
 from deeplock_kernels.runtime.pool import resolve_threads, run_one
 from deeplock_kernels.runtime.tiers import Tier, active_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
@@ -115,7 +115,7 @@ def find_sbox(sbox: object, argument: str = "sbox") -> SBox:
         return sbox
     if isinstance(sbox, str) and sbox in SBOXES:
         return SBOXES[sbox]
-    raise UnknownNameError(f"{argument}: got {sbox!r}, accepted are an SBox or one of {', '.join(SBOXES)}")
+    raise UnknownNameError(f"{argument}: got {shown(sbox)}, accepted are an SBox or one of {', '.join(SBOXES)}")
 
 
 def _apply_to_few(

@@ -22,14 +22,19 @@ import numpy as np
 
 from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS, RECORDS, KernelName, segment_bytes
 from deeplock_kernels.locking import lock, substitute, unlock
+from deeplock_kernels.named_lock import NamedLock
+from deeplock_kernels.pieces import Range
+from deeplock_kernels.rekeying import rekey
 from deeplock_kernels.runtime.pool import Call, run
 from deeplock_kernels.runtime.tiers import active_tier, kernel
 from deeplock_kernels.sboxes import AES
 from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule
+from deeplock_kernels.tensors import lock_tensors
 from deeplock_kernels.transform import IDENTITY, Transform
 
 Work = Callable[[], object]
 LIMIT = "XOR in place (the limit)"
+READ = "XOR sum (reading alone)"
 COPY = "copy (memcpy)"
 BEST_COPY = "copy past the caches"
 
@@ -101,6 +106,12 @@ def limits(data: Any, copy: Any, threads: int) -> dict[str, Work]:
     xors = [Call(xor, (RECORDS["xor"].pack(address + i, n, 0x5A),)) for i, n in pieces]
     memmove: Any = ctypes.memmove
     copies = [Call(memmove, (target + i, address + i, n)) for i, n in pieces]
+    total = ctypes.create_string_buffer(64 * len(pieces))
+    read, place = kernel(tier, KernelName("xor_sum")), ctypes.addressof(total)
+    reads = [
+        Call(read, (RECORDS["xor_sum"].pack(place + 64 * number, address + i, n),))
+        for number, (i, n) in enumerate(pieces)
+    ]
     past = kernel(tier, KernelName("copy_past_cache"))
     edge = -target % 64  # it takes an aligned target
     passing = [
@@ -108,6 +119,7 @@ def limits(data: Any, copy: Any, threads: int) -> dict[str, Work]:
     ]
     return {
         LIMIT: lambda: run(xors, threads),
+        READ: lambda: run(reads, threads) if total else None,
         COPY: lambda: run(copies, threads),
         BEST_COPY: lambda: run(passing, threads),
     }
@@ -122,6 +134,11 @@ def locks(data: Any, copy: Any, threads: int) -> dict[str, Work]:
     def first_pass() -> None:
         lock(data, ExpansionSchedule(bytes(range(16))), out=data, threads=threads)
 
+    tensors = {"weights": data}
+    sealer = NamedLock.from_header(bytes(16), lock_tensors({"weights": np.zeros(1)}, bytes(16)))
+    sealer.cover({"weights": (data.nbytes, None)})
+    whole = [Range("weights", data.ctypes.data, data.ctypes.data, data.nbytes)]
+    other_128, other_256 = (CounterSchedule(bytes(bits // 8), bytes(16)) for bits in (128, 256))
     states = ctypes.create_string_buffer(bytes(range(16)), 16 * (data.nbytes // segment_bytes(128) + 2))
     rcon = ctypes.create_string_buffer(RCON_WORDS)
     chain = kernel(active_tier(), KernelName("expansion_chain", 128))
@@ -145,6 +162,11 @@ def locks(data: Any, copy: Any, threads: int) -> dict[str, Work]:
         "unlock, counter 128, kuznyechik": lambda: unlock(
             data, counter_128, sbox="kuznyechik", out=data, threads=threads
         ),
+        "lock_tensors, sealed, 128": lambda: lock_tensors(tensors, bytes(16), threads=threads),
+        "lock_tensors, sealed, 256": lambda: lock_tensors(tensors, bytes(32), threads=threads),
+        "seals alone (what verifying takes)": lambda: sealer.seals(whole, threads),
+        "rekey, counter 128, aes": lambda: rekey(data, counter_128, other_128, out=data, threads=threads),
+        "rekey, counter 256, aes": lambda: rekey(data, counter_256, other_256, out=data, threads=threads),
         "lock into other memory, counter 128, aes": lambda: lock(data, counter_128, out=copy, threads=threads),
         "substitute, aes": lambda: substitute(data, AES, out=data, threads=threads),
         "expansion 128, its bare chain": bare_chain,
@@ -164,6 +186,7 @@ def peers(data: Any) -> dict[str, Work]:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
     except ImportError:
         return found
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     def encrypt() -> None:
         encryptor = Cipher(algorithms.AES(bytes(range(16))), modes.CTR(bytes(16))).encryptor()
@@ -172,7 +195,14 @@ def peers(data: Any) -> dict[str, Work]:
         for i in range(0, len(view), step):
             encryptor.update_into(view[i : i + step], view[i : i + step])
 
-    return found | {"cryptography AES-128-CTR, update_into": encrypt}
+    found["cryptography AES-128-CTR, update_into"] = encrypt
+    if data.nbytes < 1 << 30:  # it takes no more than 2^31 - 1 bytes at once
+        sealed = np.empty(data.nbytes + 16, np.uint8)
+        cipher = AESGCM(bytes(range(16)))
+        found["cryptography AES-128-GCM, encrypt_into"] = lambda: cipher.encrypt_into(
+            bytes(12), data.data, None, sealed.data
+        )
+    return found
 
 
 def environment(threads: int) -> str:

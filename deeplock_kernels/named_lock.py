@@ -18,11 +18,12 @@ from deeplock_kernels.errors import (
     TamperedHeaderError,
     UnknownNameError,
     WrongKeyError,
+    shown,
 )
 from deeplock_kernels.header import SALT_BYTES, SEAL_BYTES, LockHeader, TensorRecord, sbox_field
 from deeplock_kernels.kernels.signatures import RECORDS, KernelName
 from deeplock_kernels.keys import Derivation, MasterKey
-from deeplock_kernels.pieces import KeyTable, Listing, Range, deal, list_calls, seal_key_table
+from deeplock_kernels.pieces import KeyTable, Range, Tags, deal, list_calls, seal_key_table, tags_of
 from deeplock_kernels.runtime import pool
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import active_tier, kernel
@@ -50,9 +51,9 @@ class NamedLock:
     header: LockHeader
 
     def __init__(self, key: Key, derivation: Derivation, salt: bytes, schedule: str, sbox: SBox | None) -> None:
-        self.schedule, self.sbox = schedule, sbox
+        self.schedule, self.sbox, self.key_bits = schedule, sbox, derivation.key_bits
         self._key, self._derivation, self._salt = key, derivation, salt
-        self._tier = active_tier()
+        self.tier = active_tier()
         self._names: Iterable[str] = ()
         self._streams: dict[str, Schedule] = {}
         self._tables: dict[str, KeyTable] = {}
@@ -67,7 +68,7 @@ class NamedLock:
             There is no such schedule.
         """
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
-            raise UnknownNameError(f"schedule: got {schedule!r}, accepted are {', '.join(SCHEDULES)}")
+            raise UnknownNameError(f"schedule: got {shown(schedule)}, accepted are {', '.join(SCHEDULES)}")
         salt = secrets.token_bytes(SALT_BYTES)
         return cls(key, Derivation(key, salt), salt, schedule, sbox)
 
@@ -128,11 +129,10 @@ class NamedLock:
                 start += nbytes
             else:
                 records[name] = TensorRecord(nbytes, None, same_as)
-        assert self.sbox is not None
         self.header = LockHeader(
             schedule=self.schedule,
-            sbox=sbox_field(self.sbox),
-            key_bits=self._derivation.key_bits,
+            sbox=sbox_field(self.box),
+            key_bits=self.key_bits,
             salt=self._salt,
             check=self._derivation.check(),
             tensors=MappingProxyType(records),
@@ -179,6 +179,12 @@ class NamedLock:
                 f"tensors[{wrong[0]!r}]: its bytes are not those that were sealed; {len(wrong)} such in all; "
                 "was it unlocked already, or altered?"
             )
+
+    @property
+    def box(self) -> SBox:
+        """The S-Box of a lock that changes bytes."""
+        assert self.sbox is not None
+        return self.sbox
 
     def must_be_sealed(self) -> None:
         """Refuse a lock without seals.
@@ -229,15 +235,14 @@ class NamedLock:
         then
             Is given the seals, or nothing, and gives the result.
         """
-        assert self.sbox is not None
-        transform = Transform.of(self.sbox, "lock", self._tier)
+        transform = Transform.of(self.box, "lock", self.tier)
         fused = seal and self.schedule == CounterSchedule.name
-        listing, calls = self._plan(ranges, transform, threads, sealed=fused)
+        calls, tags, _records = self._plan(ranges, transform, threads, sealed=fused)
         in_place = all(one.target == one.source for one in ranges)
         transform.run(calls, threads, in_place=in_place)
         try:
-            if fused and listing is not None:
-                return then(listing.tags.seals())
+            if fused:
+                return then(tags.seals())
             written = [one._replace(source=one.target) for one in ranges]
             return then(self.seals(written, threads) if seal else {})
         except BaseException:
@@ -255,65 +260,90 @@ class NamedLock:
             seals = self.seals(ranges, threads)
             self._unlock(ranges, threads, sealed=False)
             return seals
-        listing = self._unlock(ranges, threads, sealed=True)
-        return {} if listing is None else listing.tags.seals()
+        return self._unlock(ranges, threads, sealed=True).seals()
 
     def seals(self, ranges: Sequence[Range], threads: int) -> Seals:
         """Give the seals of ranges as they are."""
         if not ranges:
             return {}
-        piece = piece_bytes(self._tier, sum(one.nbytes for one in ranges), threads)
-        function, pack = kernel(self._tier, KernelName("seal")), RECORDS["seal"].pack
+        piece = piece_bytes(self.tier, sum(one.nbytes for one in ranges), threads)
+        function, pack = kernel(self.tier, KernelName("seal")), RECORDS["seal"].pack
 
         def plan(address: int, count: int, before: Callable[[], None] | None) -> Call:
             return Call(function, (pack(address, count),), before)
 
+        groups, seal_keys = deal(ranges, piece), self.seal_keys()
+        tags = tags_of(groups)
         listing = list_calls(
-            deal(ranges, piece), plan, self.root, seal_keys=self._seal_keys(), total=self._total
+            groups, plan, lambda name: (0, *self.seal_fields(name, seal_keys, tags)), self.deriving(seal_keys)
         )
         pool.run(listing.calls, threads)
-        return listing.tags.seals()
+        return tags.seals()
 
-    def _unlock(self, ranges: Sequence[Range], threads: int, *, sealed: bool) -> Listing | None:
-        assert self.sbox is not None
-        transform = Transform.of(self.sbox, "unlock", self._tier)
-        listing, calls = self._plan(ranges, transform, threads, sealed=sealed)
+    def _unlock(self, ranges: Sequence[Range], threads: int, *, sealed: bool) -> Tags:
+        transform = Transform.of(self.box, "unlock", self.tier)
+        calls, tags, _records = self._plan(ranges, transform, threads, sealed=sealed)
         transform.run(calls, threads, in_place=all(one.target == one.source for one in ranges))
-        return listing
+        return tags
 
     def _plan(
         self, ranges: Sequence[Range], transform: Transform, threads: int, *, sealed: bool
-    ) -> tuple[Listing | None, list[Call]]:
+    ) -> tuple[list[Call], Tags, object]:
+        """Give the calls, where they leave tags, and what has to be held until they are over."""
         if not ranges:
-            return None, []
+            return [], Tags(()), None
         piece = transform.piece(sum(one.nbytes for one in ranges), threads)
-        if self.schedule == CounterSchedule.name:
-            operation = "counter_sealed" if sealed else "counter_list"
+        if self.schedule != CounterSchedule.name:
+            calls: list[Call] = []
+            for name, target, source, nbytes, offset in ranges:
+                if nbytes:
+                    schedule, start = self.stream(name)
+                    calls += schedule.calls(transform, target, source, nbytes, start + offset, piece)
+            return calls, Tags(()), None
+        operation, keys = "counter_sealed" if sealed else "counter_list", self.keys()
+        groups = deal(ranges, piece)
 
-            def plan(address: int, count: int, before: Callable[[], None] | None) -> Call:
-                return transform.call(operation, self._derivation.key_bits, address, count, RCON_ADDRESS, before=before)
+        def plan(address: int, count: int, before: Callable[[], None] | None) -> Call:
+            return transform.call(operation, self.key_bits, address, count, RCON_ADDRESS, before=before)
 
-            seal_keys = self._seal_keys() if sealed else None
-            listing = list_calls(deal(ranges, piece), plan, self.root, self._keys(), seal_keys, self._total)
-            return listing, listing.calls
-        calls: list[Call] = []
-        for name, target, source, nbytes, offset in ranges:
-            if nbytes:
-                schedule, start = self.stream(name)
-                calls += schedule.calls(transform, target, source, nbytes, start + offset, piece)
-        return None, calls
+        if not sealed:
+            listing = list_calls(groups, plan, lambda name: (keys.address(self.root(name)),), self.deriving(keys))
+            return listing.calls, Tags(()), listing
+        seal_keys, tags = self.seal_keys(), tags_of(groups)
+
+        def fields(name: str) -> tuple[int, ...]:
+            return keys.address(self.root(name)), *self.seal_fields(name, seal_keys, tags)
+
+        listing = list_calls(groups, plan, fields, self.deriving(keys, seal_keys))
+        return listing.calls, tags, listing
+
+    def keys(self) -> KeyTable:
+        """Give the table of tensor keys, each with its iv behind it."""
+        return self._table("tensor", partial(KeyTable, self._names, self.key_bits // 8 + 16, self._tensor_key_iv))
+
+    def seal_keys(self) -> KeyTable:
+        """Give the table of what tensors are sealed with."""
+        return self._table("seal", partial(seal_key_table, self._names, self._derivation.seal_key, self.tier))
+
+    def seal_fields(self, name: str, seal_keys: KeyTable, tags: Tags) -> tuple[int, int, int]:
+        """Give what a sealed record has behind the key, for the next piece of a tensor."""
+        root = self.root(name)
+        return seal_keys.address(root), self.header.tensors[root].nbytes, next(tags.places)
+
+    def deriving(self, *tables: KeyTable) -> Callable[[list[str]], None]:
+        """Give what makes the keys of named tensors in some tables."""
+
+        def derive(names: list[str]) -> None:
+            roots = [self.root(name) for name in names]
+            for table in tables:
+                table.need(roots)
+
+        return derive
 
     def _table(self, what: str, make: Callable[[], KeyTable]) -> KeyTable:
         if what not in self._tables:
             self._tables[what] = make()
         return self._tables[what]
-
-    def _keys(self) -> KeyTable:
-        length = self._derivation.key_bits // 8 + 16
-        return self._table("tensor", partial(KeyTable, self._names, length, self._tensor_key_iv))
-
-    def _seal_keys(self) -> KeyTable:
-        return self._table("seal", partial(seal_key_table, self._names, self._derivation.seal_key, self._tier))
 
     def _tensor_key_iv(self, root: str) -> bytes:
         sbox = self.header.sbox
@@ -328,9 +358,6 @@ class NamedLock:
     def _record(self, name: str) -> TensorRecord:
         return self.header.tensors[self.root(name)]
 
-    def _total(self, root: str) -> int:
-        return self.header.tensors[root].nbytes
-
     def __enter__(self) -> NamedLock:
         return self
 
@@ -343,7 +370,9 @@ class NamedLock:
         self._tables.clear()
 
     def __repr__(self) -> str:
-        return f"NamedLock({self.schedule}, {self._derivation.key_bits} bits)"
+        if not hasattr(self, "_derivation"):  # as where somebody tries to copy it
+            return "NamedLock(unfinished)"
+        return f"NamedLock({self.schedule}, {self.key_bits} bits)"
 
 
 def _authenticate(derivation: Derivation, header: LockHeader) -> None:

@@ -8,14 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from deeplock_kernels.kernels.signatures import (
-    RECORD_BYTES,
-    RECORDS,
-    SEAL_KEYS_BYTES,
-    SEALED_RECORD_BYTES,
-    TAG_BYTES,
-    KernelName,
-)
+from deeplock_kernels.kernels.signatures import RECORDS, SEAL_KEYS_BYTES, TAG_BYTES, KernelName
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import Tier, kernel
 from deeplock_kernels.schedules.base import RCON_ADDRESS
@@ -57,7 +50,7 @@ class KeyTable:
     derive
         Gives it, or what `complete` makes it of, by name.
     complete
-        Makes it at an address where `derive` has left the first bytes.
+        Makes it at an address where `derive` has left the first bytes, and which is not its place.
     """
 
     def __init__(
@@ -70,7 +63,7 @@ class KeyTable:
         self._places = {name: i * nbytes for i, name in enumerate(names)}
         self._memory = bytearray(nbytes * max(len(self._places), 1))
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._derive, self._complete = derive, complete
+        self._nbytes, self._derive, self._complete = nbytes, derive, complete
         self._derived: set[str] = set()
 
     def address(self, name: str) -> int:
@@ -81,11 +74,14 @@ class KeyTable:
         """Derive what is needed now."""
         for name in names:
             if name not in self._derived:
-                place, secret = self._places[name], self._derive(name)
-                self._memory[place : place + len(secret)] = secret
+                # Two threads may do this at once, and a kernel use the result already: it is put there whole.
+                made = ctypes.create_string_buffer(self._derive(name), self._nbytes)
                 if self._complete is not None:
-                    self._complete(self._start + place)
+                    self._complete(ctypes.addressof(made))
+                place = self._places[name]
+                self._memory[place : place + self._nbytes] = made.raw
                 self._derived.add(name)
+                ctypes.memset(made, 0, self._nbytes)
 
     def wipe(self) -> None:
         """Fill it with zeros."""
@@ -106,7 +102,8 @@ class Tags:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._memory = bytearray(TAG_BYTES * max(len(names), 1))
-        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.places = iter(range(start, start + TAG_BYTES * len(names), TAG_BYTES))
 
     def seals(self) -> dict[str, int]:
         """Give, when all pieces are done, the seal of each tensor as a big-endian number."""
@@ -117,13 +114,16 @@ class Tags:
         return found
 
 
-def deal(ranges: Sequence[Range], piece: int) -> list[list[Range]]:
+Groups = list[list[Range]]
+
+
+def deal(ranges: Sequence[Range], piece: int) -> Groups:
     """Cut ranges and deal them out to calls of about `piece` bytes each.
 
     Large ones come first, so that small ones fill up what is left at the end. The list of many small ones, whose keys
     take long to derive, is the second call: one thread can be busy with it while another works on large ones.
     """
-    groups: list[list[Range]] = []
+    groups: Groups = []
     group: list[Range] = []
     size = 0
     for one in sorted(ranges, key=lambda one: -one.nbytes):
@@ -144,6 +144,11 @@ def deal(ranges: Sequence[Range], piece: int) -> list[list[Range]]:
     return groups[:1] + groups[:0:-1]
 
 
+def tags_of(groups: Groups) -> Tags:
+    """Make room for the tags of all pieces."""
+    return Tags([one.name for group in groups for one in group])
+
+
 class Listing(NamedTuple):
     """Planned calls of a kernel that takes records.
 
@@ -151,24 +156,22 @@ class Listing(NamedTuple):
     ----------
     calls
         What is to be run.
-    tags
-        What sealed records leave their tags in.
     records
         The memory that the calls read; it has to be held until they are over.
+    width
+        How many integers a record has.
     """
 
     calls: list[Call]
-    tags: Tags
     records: array[int]
+    width: int
 
 
 def list_calls(
-    groups: Sequence[Sequence[Range]],
+    groups: Groups,
     plan: Callable[..., Call],
-    root: Callable[[str], str],
-    keys: KeyTable | None = None,
-    seal_keys: KeyTable | None = None,
-    total: Callable[[str], int] = len,
+    fields: Callable[[str], tuple[int, ...]],
+    derive: Callable[[list[str]], None],
 ) -> Listing:
     """Plan a call for each group.
 
@@ -178,38 +181,24 @@ def list_calls(
         As `deal` gives them.
     plan
         Gives the call for the address and the number of its records: `plan(address, count, before=...)`.
-    root
-        Gives the name as which a tensor is locked.
-    keys
-        A table of tensor keys, if the kernel takes them.
-    seal_keys, total
-        For sealed records: a table of seal keys, and what gives the number of bytes of a whole tensor by name.
+    fields
+        Gives what a record of a tensor has behind target, source, nbytes and offset; called in order.
+    derive
+        Makes the keys of tensors of these names, before they are needed.
     """
-    sealed = seal_keys is not None
-    tags = Tags([one.name for group in groups for one in group] if sealed else ())
     records: list[int] = []
-    tag = tags.start
+    count = 0
     for group in groups:
+        count += len(group)
         for name, target, source, nbytes, offset in group:
-            own = root(name)
-            records += (target, source, nbytes, offset, keys.address(own) if keys is not None else 0)
-            if seal_keys is not None:
-                records += (seal_keys.address(own), total(own), tag)
-                tag += TAG_BYTES
-    memory = array("q", records)
-    place, width = memory.buffer_info()[0], SEALED_RECORD_BYTES if sealed else RECORD_BYTES
-    tables = [table for table in (keys, seal_keys) if table is not None]
-    calls = []
+            records += (target, source, nbytes, offset, *fields(name))
+    memory, width = array("q", records), len(records) // count
+    place, calls = memory.buffer_info()[0], []
     for group in groups:
-        before = partial(_derive, tables, [root(one.name) for one in group])
+        before = partial(derive, [one.name for one in group])
         calls.append(plan(place, len(group), before=before))
-        place += width * len(group)
+        place += memory.itemsize * width * len(group)
     if len(calls) == 1 and calls[0].before is not None:  # nothing to derive beside
         calls[0].before()
         calls = [calls[0]._replace(before=None)]
-    return Listing(calls, tags, memory)
-
-
-def _derive(tables: Sequence[KeyTable], names: Sequence[str]) -> None:
-    for table in tables:
-        table.need(names)
+    return Listing(calls, memory, width)

@@ -467,6 +467,8 @@ class SBox:
         return hash(self._table)
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_sha256"):  # its table or name was refused
+            return "SBox(unfinished)"
         return f"SBox({self._name!r})" if self._name else f"SBox(sha256='{self._sha256[:8]}…')"
 
     def __copy__(self) -> SBox:

@@ -15,6 +15,7 @@ from deeplock_kernels.errors import (
     ParameterError,
     SizeMismatchError,
     TensorNameError,
+    shown,
 )
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.locking import find_sbox, unlock
@@ -82,7 +83,7 @@ def lock_tensors(
     lock.cover({name: (block.nbytes, same_as) for name, (block, same_as) in storages.items()})
     buffers.note_written(*(tensors[name] for name in chosen))
     with lock:
-        ranges = _ranges(storages, empty=seal)
+        ranges = ranges_of(storages, empty=seal)
         return lock.lock(ranges, count, seal=seal, then=lambda seals: lock.prove(seals if seal else None))
 
 
@@ -132,11 +133,11 @@ def unlock_tensors(
     KeyTypeError, KeyFormatError, HeaderError, SBoxError
         Another argument is wrong.
     """
-    lock, storages, count = _take_up(tensors, key, header, check, sbox, threads, needs_sbox=True)
-    ranges = _ranges(storages, empty=False)
+    lock, storages, count = take_up(tensors, key, header, check=check, sbox=sbox, threads=threads)
+    ranges = ranges_of(storages, empty=False)
     with lock:
         if check and seal:
-            lock.expect(lock.seals(_sealed(lock, storages), count))
+            lock.expect(lock.seals(sealed_ranges(lock, storages), count))
         buffers.note_written(*(tensors[name] for name in header.tensors))
         lock.unlock(ranges, count)
 
@@ -166,26 +167,27 @@ def verify_tensors(
     KeyTypeError, KeyFormatError, HeaderError, ParameterError
         Another argument is wrong.
     """
-    lock, storages, count = _take_up(tensors, key, header, True, None, threads, needs_sbox=False)
-    ranges = _sealed(lock, storages)
+    lock, storages, count = take_up(tensors, key, header, needs_sbox=False, threads=threads)
+    ranges = sealed_ranges(lock, storages)
     with lock:
         lock.must_be_sealed()
         lock.expect(lock.seals(ranges, count))
 
 
-def _sealed(lock: NamedLock, storages: Mapping[str, tuple[Memory, str | None]]) -> list[Range]:
-    return [one for one in _ranges(storages, empty=True) if lock.sealed(one.name)]
+def sealed_ranges(lock: NamedLock, storages: Mapping[str, tuple[Memory, str | None]]) -> list[Range]:
+    """Give the ranges of all storages that have a seal."""
+    return [one for one in ranges_of(storages, empty=True) if lock.sealed(one.name)]
 
 
-def _take_up(
+def take_up(
     tensors: Mapping[str, Any],
     key: Key,
     header: LockHeader,
-    check: bool,
-    sbox: SBox | None,
-    threads: int | None,
     *,
-    needs_sbox: bool,
+    check: bool = True,
+    sbox: SBox | None = None,
+    needs_sbox: bool = True,
+    threads: int | None = None,
 ) -> tuple[NamedLock, dict[str, tuple[Memory, str | None]], int]:
     """Check all that can be checked of locked tensors, and give their lock, their memory and the number of threads."""
     _check_names(tensors)
@@ -262,7 +264,7 @@ def unlock_tensor(
     lock = NamedLock.from_header(key, header, check=check, sbox=sbox, names=names)
     if not isinstance(name, str) or name not in header.tensors:
         raise TensorNameError(
-            f"name: got {name!r}, which is not one of the header's {len(header.tensors)} tensors"
+            f"name: got {shown(name)}, which is not one of the header's {len(header.tensors)} tensors"
         )
     source = buffers.memory(data)
     offset = check_range(offset, source.nbytes)
@@ -271,11 +273,10 @@ def unlock_tensor(
         raise SizeMismatchError(
             f"data: got bytes {offset} to {offset + source.nbytes} of tensor {name!r}, which has {total}"
         )
-    assert lock.sbox is not None
     if not (check and seal and source.nbytes == total and lock.sealed(name)):
         with lock:
             schedule, start = lock.stream(name)
-            return unlock(data, schedule, sbox=lock.sbox, offset=start + offset, out=out, threads=threads)
+            return unlock(data, schedule, sbox=lock.box, offset=start + offset, out=out, threads=threads)
     count = resolve_threads(threads)
     result = buffers.new_like(data) if out is None else out
     target = buffers.output_memory(result, source)
@@ -380,7 +381,7 @@ def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[
     return storages
 
 
-def _ranges(storages: Mapping[str, tuple[Memory, str | None]], *, empty: bool) -> list[Range]:
+def ranges_of(storages: Mapping[str, tuple[Memory, str | None]], *, empty: bool) -> list[Range]:
     """Give the ranges of all storages once, in place, and on demand those that are empty."""
     return [
         Range(name, block.address, block.address, block.nbytes)

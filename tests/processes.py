@@ -12,7 +12,7 @@ import deeplock_kernels
 
 ROOT = Path(deeplock_kernels.__file__).resolve().parent.parent
 _HANGS = 200  # seconds; far more than anything takes on a machine with much else to do
-_NOT_INHERITED = ("DEEPLOCK_TIER", "DEEPLOCK_NUM_THREADS", "DEEPLOCK_CACHE")
+_NOT_INHERITED = ("DEEPLOCK_TIER", "DEEPLOCK_REQUIRE_CONSTANT_TIME", "DEEPLOCK_NUM_THREADS", "DEEPLOCK_CACHE")
 
 
 class Process:

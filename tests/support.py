@@ -330,9 +330,9 @@ def run_kernels_between_forbidden_pages(tier_name):
         states = place_before_forbidden_page(KEYS[bits] + bytes(2 * bits // 8))
         chain = with_integers(tier, KernelName("expansion_chain", bits))
         chain(states, 2, place_before_forbidden_page(RCON_WORDS) + RCON_START)
+    total = place_before_forbidden_page(bytes(64))
     for nbytes in range(330):
         with_integers(tier, KernelName("xor"))(target_end - nbytes, nbytes, 1)
-        total = place_before_forbidden_page(bytes(64)) if nbytes == 0 else total
         with_integers(tier, KernelName("xor_sum"))(total, source_end - nbytes, nbytes)
         copy = with_integers(tier, KernelName("copy_past_cache"))
         copy(target_start, source_end - nbytes, nbytes)

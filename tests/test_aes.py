@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import json
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from support import BITS
+from support import BITS, with_integers
 
 from deeplock_kernels import CounterSchedule, reference
+from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS, KernelName
 
 AESAVS = json.loads((Path(__file__).parent / "vectors" / "aesavs.json").read_text(encoding="utf-8"))
 SP_800_38A_PLAIN = (
@@ -67,12 +70,24 @@ def keysbox(bits):
 
 INPUTS = {"VarKey": var_key, "VarTxt": var_txt, "GFSbox": gfsbox, "KeySbox": keysbox}
 
-# What NIST publishes: all of GFSbox and KeySbox, the ends of the others, and the examples of the standards.
+
+def blocks(text):
+    """Cut hexadecimal digits into blocks of 16 bytes."""
+    return [text[i : i + 32] for i in range(0, len(text), 32)]
+
+
+# What NIST publishes: all of GFSbox, KeySbox and MMT, the ends of the others, and the examples of the standards.
 PUBLISHED = [
     *((bytes(16), bytes.fromhex(plain), cipher) for plain, cipher in AESAVS["gfsbox"]["128"]),
     *((bytes(24), bytes.fromhex(plain), cipher) for plain, cipher in AESAVS["gfsbox"]["192"]),
     *((bytes(32), bytes.fromhex(plain), cipher) for plain, cipher in AESAVS["gfsbox"]["256"]),
     *((bytes.fromhex(key), bytes(16), cipher) for bits in AESAVS["keysbox"].values() for key, cipher in bits),
+    *(
+        (bytes.fromhex(key), bytes.fromhex(plain), cipher)
+        for bits in AESAVS["mmt"].values()
+        for key, plains, ciphers in bits
+        for plain, cipher in zip(blocks(plains), blocks(ciphers), strict=True)
+    ),
     *(
         (bytes.fromhex(key), bytes.fromhex(plain), cipher)
         for key, ciphers in SP_800_38A.items()
@@ -111,6 +126,7 @@ def test_the_known_answers_are_as_many_as_nist_gives():
         "GFSbox": [7, 6, 5],
         "KeySbox": [21, 24, 16],
     }
+    assert [[len(blocks(plain)) for _, plain, _ in AESAVS["mmt"][str(bits)]] for bits in BITS] == 3 * [[*range(1, 11)]]
     pairs = [pair for inputs, bits in itertools.product(INPUTS.values(), BITS) for pair in inputs(bits)]
     assert len(set(pairs)) == len(pairs)
     assert leading_ones(9, 128).hex() == "ff80" + 28 * "0"
@@ -143,3 +159,72 @@ def test_known_answers_in_every_place_of_a_wide_register(tier, kind, bits):
         counters = b"".join(((first + i) % 2**128).to_bytes(16, "big") for i in range(40))
         with CounterSchedule(key, counters[:16]) as schedule:
             assert schedule.keystream(640).tobytes() == openssl(key, counters)
+
+
+# The Monte Carlo test: 100 times, 1000 blocks each of which is the cipher of the one before, and then another key.
+# Of NIST's answers here are the start and the cipher block of one of the 100 rounds.
+MONTE_CARLO = {
+    128: (
+        "139a35422f1d61de3c91787fe0507afd",
+        "b9145a768b7dc489a096b546f43b231f",
+        (0, "d7c3ffac9031238650901e157364c386"),
+    ),
+    192: (
+        "b9a63e09e1dfc42e93a90d9bad739e5967aef672eedd5da9",
+        "85a1f7a58167b389cddc8a9ff175ee26",
+        (99, "5d1196da8f184975e240949a25104554"),
+    ),
+    256: (
+        "f9e8389f5b80712e3886cc1fa2d28a3b8c9cd88a2d4a54c6aa86ce0fef944be0",
+        "b379777f9050e2a818f2940cbbd9aba4",
+        (0, "6893ebaf0a1fccc704326529fdfb60db"),
+    ),
+}
+
+
+def monte_carlo(bits, thousand):
+    """Give the cipher block of each round; `thousand(key, block)` gives the last two of its blocks."""
+    key, block = (bytes.fromhex(text) for text in MONTE_CARLO[bits][:2])
+    ciphers = []
+    for _ in range(100):
+        before, block = thousand(key, block)
+        ciphers.append(block.hex())
+        key = bytes(a ^ b for a, b in zip(key, (before + block)[-len(key) :], strict=True))
+    return ciphers
+
+
+@functools.cache
+def monte_carlo_of_openssl(bits):
+    def thousand(key, block):
+        encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+        for _ in range(1000):
+            before, block = block, encryptor.update(block)
+        return before, block
+
+    return monte_carlo(bits, thousand)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_monte_carlo_of_openssl_gives_what_is_published(bits):
+    number, cipher = MONTE_CARLO[bits][2]
+    assert monte_carlo_of_openssl(bits)[number] == cipher
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_monte_carlo(tier, bits):
+    """Each block is the key stream's first, made of zeros, from a counter that is the block before."""
+    kernel = with_integers(tier, KernelName("counter", bits, "identity", "lock"))
+    rcon, zeros = ctypes.create_string_buffer(RCON_WORDS), ctypes.create_string_buffer(16)
+    memory, cipher = ctypes.create_string_buffer(bits // 8 + 16), ctypes.create_string_buffer(16)
+    start = ctypes.addressof(memory) + bits // 8
+    arguments = (16, 0, ctypes.addressof(memory), ctypes.addressof(rcon) + RCON_START, 0)
+
+    def thousand(key, block):
+        memory[:] = key + block
+        for _ in range(1000):
+            before = memory[bits // 8 :]
+            kernel(ctypes.addressof(cipher), ctypes.addressof(zeros), *arguments)
+            ctypes.memmove(start, cipher, 16)
+        return before, cipher.raw
+
+    assert monte_carlo(bits, thousand) == monte_carlo_of_openssl(bits)

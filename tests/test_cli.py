@@ -346,6 +346,8 @@ FAILURES = {  # name: (command line, what to do before, exit code, words)
     "unlock of an own S-Box": (UNLOCK, own_box, 1, "sbox: the tensors were locked with one whose SHA-256 is"),
     "lock onto itself": ("lock plain ./plain --key key", None, 1, "which is the source plain"),
     "unlock onto itself": ("unlock locked locked --key key", None, 1, "which is the source locked"),
+    "lock onto the key file": ("lock plain ./key --key key", None, 1, "./key: it is the key file"),
+    "unlock onto the key file": ("unlock locked key --key ./key", None, 1, "key: it is the key file"),
     "lock into no directory": ("lock plain none/new --key key", None, 1, "none/new: cannot be written"),
     "lock onto a directory": ("lock plain . --key key", None, 1, ".: cannot be written: it is a directory"),
     "lock onto a device": ("lock plain /dev/null --key key", None, 1, "/dev/null: cannot be written: it is"),

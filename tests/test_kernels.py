@@ -473,6 +473,8 @@ def test_expand_key_gives_any_number_of_words(tier, bits):
     wanted = reference.expand_key(KEYS[bits], 40_000)
     for words in (*range(70), 40_000):
         assert expand_key(KEYS[bits], words).tolist() == wanted[:words]
+    for byte in (b"\x00", b"\xff"):
+        assert expand_key(byte * (bits // 8), 2000).tolist() == reference.expand_key(byte * (bits // 8), 2000)
     for words in (-1, 1.0, True, 2**38 + 1):
         with pytest.raises(ParameterError, match=r"^words: got"):
             expand_key(KEYS[bits], words)

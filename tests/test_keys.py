@@ -41,7 +41,7 @@ def test_from_bytes(bits, kind):
     key = MasterKey.from_bytes(kind(SECRETS[bits]))
     assert key.bits == bits
     assert key_bytes(key) == SECRETS[bits]
-    assert type(key_bytes(key)) is bytes
+    assert isinstance(key_bytes(key), bytes)
 
 
 def test_from_bytes_takes_a_copy():
@@ -184,7 +184,7 @@ def test_what_is_no_text(value):
 
 @pytest.mark.parametrize("bits", [0, -128, 1, 16, 32, 127, 129, 512, True, None, "256", 256.0, 128.5, [], b""], ids=repr)
 def test_what_is_no_number_of_bits(bits):
-    refuse(errors.ParameterError, ValueError, f"bits: got {bits!r}, accepted are", MasterKey.generate, bits)
+    refuse(errors.ParameterError, ValueError, f"bits: got {errors.shown(bits)}, accepted are", MasterKey.generate, bits)
 
 
 NO_KEY_FILE = {

@@ -113,6 +113,24 @@ def test_key_expansion_of_fips_197_appendix_a(key, first, words, after_the_key, 
     assert w.endswith(bytes.fromhex(last))
 
 
+# The last round keys of AES for keys of zeros and of ones, as they stand in RustCrypto's tests of its key expansion.
+LAST_ROUND_KEYS = {
+    (16, 0x00): "b4ef5bcb3e92e21123e951cf6f8f188e",
+    (16, 0xFF): "d60a3588e472f07b82d2d7858cd7c326",
+    (24, 0x00): "432ac886d834c0b6d2c7df11984c5970",
+    (24, 0xFF): "598e482fffaee3643a989acd1330b418",
+    (32, 0x00): "10f80a1753bf729c45c979e7cb706385",
+    (32, 0xFF): "546d424f27de1e8088402b5b4dae355e",
+}
+
+
+@pytest.mark.parametrize(("size", "byte"), LAST_ROUND_KEYS)
+def test_key_expansion_of_zeros_and_of_ones(size, byte):
+    words = 4 * (size // 4 + 7)
+    last = b"".join(word.to_bytes(4, "big") for word in reference.expand_key(bytes([byte]) * size, words)[-4:])
+    assert last.hex() == LAST_ROUND_KEYS[size, byte]
+
+
 def test_key_expansion_of_fips_197_a3_words_12_to_15():
     w = reference.expand_key(KEY_256, 16)
     assert w[12:] == [0xA8B09C1A, 0x93D194CD, 0xBE49846E, 0xB75D5B9A]

@@ -235,7 +235,7 @@ def test_the_library_s_arrays_unlock_in_memory(tmp_path, schedule):
         part = unlock_tensor(tensors[name].tobytes()[1:], KEY, header, name, offset=1)
         assert part.tobytes() == array.tobytes()[1:]
     bare = LockHeader.from_json(metadata_of(locked)["deeplock"])  # it does not know the file that its mac is over
-    with pytest.raises(TamperedHeaderError, match="; take the header of a file with read_header$"):
+    with pytest.raises(TamperedHeaderError, match=r"; take the header of a file with read_header$"):
         unlock_tensors(tensors, KEY, bare)
     unlock_tensors(tensors, KEY, header)
     assert {name: array.tobytes() for name, array in tensors.items()} == {
@@ -699,6 +699,26 @@ def test_a_source_that_becomes_shorter(folder, monkeypatch, target):
         before = snapshot(folder)
         with pytest.raises(ContainerError, match="it became shorter while it was read; nothing was written"):
             function(source, folder / target, KEY, progress=shorten)
+        source.write_bytes(raw)
+        assert snapshot(folder) == before
+
+
+@targets
+def test_a_source_that_becomes_shorter_just_before_it_is_mapped(folder, monkeypatch, target):
+    original = mmap.mmap
+    for function, name in [(lock_file, "plain"), (unlock_file, "locked")]:
+        source, raw = folder / name, (folder / name).read_bytes()
+
+        def shorten_and_map(*arguments, source=source, raw=raw, **keywords):
+            os.truncate(source, len(raw) - 1)
+            return original(*arguments, **keywords)
+
+        before = snapshot(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(mmap, "mmap", shorten_and_map)
+            words = "it became shorter while it was read; nothing was written"
+            with pytest.raises(ContainerError, match=words):
+                function(source, folder / target, KEY)
         source.write_bytes(raw)
         assert snapshot(folder) == before
 

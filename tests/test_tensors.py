@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BITS, BOXES, KEYS, SCHEDULES, oracle_mac, oracle_seal, painted
 
-from deeplock_kernels import reference
+from deeplock_kernels import errors, reference
 from deeplock_kernels.errors import (
     BufferLayoutError,
     BufferTypeError,
@@ -38,18 +38,17 @@ from deeplock_kernels.errors import (
     SBoxError,
     SizeMismatchError,
     TamperedError,
-    TamperedHeaderError,
     TensorNameError,
     UnknownNameError,
     WrongKeyError,
 )
 from deeplock_kernels.header import LockHeader, TensorRecord
 from deeplock_kernels.keys import Derivation, MasterKey
+from deeplock_kernels.named_lock import NamedLock
 from deeplock_kernels.pieces import Range
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import use_tier
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
-from deeplock_kernels.named_lock import NamedLock
 from deeplock_kernels.tensors import lock_tensors, unlock_tensor, unlock_tensors
 from deeplock_kernels.transform import Transform
 
@@ -850,7 +849,7 @@ def test_what_is_no_tensor_of_the_header(name):
     _, header = locked_tensor("counter")
     data = painted(1)
     arguments = (unlock_tensor, data, KEYS[192], header, name)
-    words = f"^name: got {re.escape(repr(name))}, which is not one of the header's 4 tensors"
+    words = f"^name: got {re.escape(errors.shown(name))}, which is not one of the header's 4 tensors"
     refused(TensorNameError, words, {"": data}, *arguments, out=data)
 
 

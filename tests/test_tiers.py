@@ -301,7 +301,9 @@ FORM_OF_ITS_OWN = {"avx512": "affine", "gfni": "affine", "avx2": "aes", "portabl
 def representatives(tier_name):
     """Name kernels of each operation, with the form that makes the tier and with a table."""
     form = FORM_OF_ITS_OWN[tier_name]
+    own = [KernelName("counter", 128, "aes", "lock"), KernelName("expansion_indexed", 192, "aes_inverse", "unlock")]
     return [
+        *(name for name in own if name.form in BY_NAME[tier_name].forms),
         KernelName("counter", 256, form, "lock"),
         KernelName("counter_list", 128, "table", "unlock"),
         KernelName("counter_past_cache", 192, "identity", "lock"),
@@ -378,7 +380,9 @@ def check_instructions(tier_name, name, code):
         return ["".join(operands) for mnemonic, operands in code if mnemonic in mnemonics]
 
     galois = operands_of("vgf2p8affineqb"), operands_of("vgf2p8affineinvqb")
-    assert all(galois) if name.form == "affine" else not any(galois)
+    by_galois = {"affine": (True, True), "aes": (False, tier_name != "avx2")}
+    assert tuple(map(bool, galois)) == by_galois.get(name.form, (False, False))
+    assert ("vaesdeclast" in used) == (name.form == "aes_inverse")
     assert all(widest in operands for operands in (*galois[0], *galois[1]))
     if counter and name.operation != "seal_keys":
         register = "xmm" if tier_name == "avx2" else widest
@@ -415,6 +419,36 @@ print(json.dumps([assembly(tier, KernelName(*name)) for name in json.loads(sys.a
     output = run(program, tier_name, json.dumps(names), NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
     for name, assembly in zip(names, json.loads(output), strict=True):
         check_instructions(tier_name, name, instructions(assembly))
+
+
+CHECKED = """
+import numpy as np
+from deeplock_kernels.kernels import house
+from deeplock_kernels.kernels.memory import read_byte, write_byte
+from deeplock_kernels.kernels.signatures import KernelName
+from deeplock_kernels.runtime.tiers import TIERS, assembly
+
+TABLE = np.arange(256)
+
+def unproven(record):
+    write_byte(record, TABLE[read_byte(record) + read_byte(record + 1)])
+
+print(house.emit(house.compile_module(unproven), frozenset())[1])
+for name in (KernelName("counter", 192, "table", "unlock"), KernelName("expansion_chain", 256)):
+    print("kernel")
+    print(assembly(TIERS[-1], name))
+"""
+
+
+def test_every_look_up_of_the_portable_tier_is_proven_to_be_within_its_table():
+    """Numba checks indices if told to; where the compiler sees that they fit, nothing is left of that."""
+    found = [run(CHECKED, NUMBA_BOUNDSCHECK=value).split("\nkernel\n") for value in "01"]
+    (unproven, *kernels), (checked, *checked_kernels) = (
+        [[line.mnemonic for line in instructions(text)] for text in texts] for texts in found
+    )
+    assert len(unproven) < len(checked)
+    assert kernels == checked_kernels
+    assert len(kernels) == 2
 
 
 # Constant time. In a tier that claims it, data, key stream and tables live in vector registers, and
@@ -703,6 +737,51 @@ def test_a_kernel_that_fails_its_self_test_is_never_used(tier, schedule, unloade
             with pytest.raises(SelfTestError, match=rf"^kernel {tier.name}-{schedule}_256_table_lock: got"):
                 lock_and_compare(schedule)
     lock_and_compare(schedule)
+
+
+CORRUPTED = """
+import sys
+from deeplock_kernels import reference
+from deeplock_kernels.kernels import signatures
+
+def flipped(table, place):
+    return table[:place] + bytes([table[place] ^ 1]) + table[place + 1 :]
+
+if sys.argv[1] == "Rcon":
+    signatures.RCON_WORDS = flipped(signatures.RCON_WORDS, signatures.RCON_START)
+elif sys.argv[1] == "the oracle's S-Box":
+    reference.AES_SBOX = reference.AES_SBOX[::-1]
+
+from deeplock_kernels import CounterSchedule, ExpansionSchedule, lock
+from deeplock_kernels.errors import SelfTestError
+from deeplock_kernels.runtime import selftest
+
+if sys.argv[1] == "the digests":
+    selftest.CHAIN_DIGESTS = {bits: digest[::-1] for bits, digest in selftest.CHAIN_DIGESTS.items()}
+
+for keys in (CounterSchedule(bytes(16), bytes(16)), ExpansionSchedule(bytes(16))):
+    for offset in (0, signatures.segment_bytes(128)):
+        data = bytearray(100)
+        try:
+            lock(data, keys, offset=offset, out=data)
+            print("locked")
+        except SelfTestError:
+            assert not any(data)
+            print("refused")
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "refused"),
+    [
+        ("nothing", "locked locked locked locked"),
+        ("Rcon", "refused refused refused refused"),
+        ("the oracle's S-Box", "refused refused refused refused"),
+        ("the digests", "locked locked locked refused"),
+    ],
+)
+def test_with_a_corrupted_table_nothing_is_locked(tier, what, refused):
+    assert run(CORRUPTED, what, DEEPLOCK_TIER=tier.name).split() == refused.split()
 
 
 # Objects in the cache

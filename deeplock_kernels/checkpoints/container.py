@@ -12,6 +12,7 @@ it out gives back the very bytes that the file had before.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -37,6 +38,7 @@ __all__ = [
     "parse_table",
     "read_table",
     "remove_entry",
+    "replace_entry",
 ]
 
 ENTRY_KEY = "deeplock"
@@ -271,6 +273,18 @@ def remove_entry(table: Table) -> bytes:
     return _with_length(encoded + b" " * (removed % 8), table.source)
 
 
+def replace_entry(table: Table, value: str) -> bytes:
+    """Give the start of a locked file with another lock header in it; see `insert_entry` and `remove_entry`.
+
+    Raises
+    ------
+    NotLockedError, ContainerError, ParameterError
+        As for those.
+    """
+    start = remove_entry(table)
+    return insert_entry(parse_table(io.BytesIO(start), len(start) + table.data_bytes, source=table.source), value)
+
+
 def canonical_table(table: Table) -> dict[str, Any]:
     """Give the table as a Python object without its lock header: what the mac covers as "file".
 
@@ -461,7 +475,8 @@ def _read_text(file: BinaryIO, size: int, source: str) -> str:
     length = int.from_bytes(_read(file, _LENGTH_BYTES, source), "little")
     room = min(size - _LENGTH_BYTES, MAX_TABLE_BYTES)
     if length > room:
-        got = f"got a table of {length} bytes by its first {_LENGTH_BYTES}"
+        # The number is not shown: of a key file it would be eight digits of the key.
+        got = f"got a table that is too long, by its first {_LENGTH_BYTES} bytes"
         raise _refusal(source, got, f"at most {room} are accepted for this file")
     encoded = _read(file, length, source)
     try:

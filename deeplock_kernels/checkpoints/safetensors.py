@@ -28,6 +28,7 @@ from deeplock_kernels.checkpoints.container import (
     parse_table,
     read_table,
     remove_entry,
+    replace_entry,
 )
 from deeplock_kernels.errors import AlreadyLockedError, ContainerError, HeaderError, NotLockedError
 from deeplock_kernels.files import atomic_output, check_distinct, check_regular, file_errors, path_text
@@ -35,6 +36,7 @@ from deeplock_kernels.header import LockHeader
 from deeplock_kernels.locking import find_sbox
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
 from deeplock_kernels.pieces import BLOCK, Range
+from deeplock_kernels.rekeying import rekey_ranges
 from deeplock_kernels.runtime.pool import resolve_threads
 from deeplock_kernels.sboxes import SBox
 from deeplock_kernels.tensors import Selection, select
@@ -96,21 +98,23 @@ def lock_file(
         chosen = select(table.tensors, only)
         lock.cover({name: (table.tensors[name].nbytes, None) for name in chosen})
         text = canonical_text(table)
-        blank = lock.prove(dict.fromkeys(chosen, 0) if seal else None, text)
-        start = insert_entry(table, blank.to_json())
-        with lock, atomic_output(dst, size_hint=len(start) + table.data_bytes) as output:
-            output.write(start)
-            seals = dict.fromkeys(chosen, 0)
+        seals = dict.fromkeys(chosen, 0)
+
+        def start() -> bytes:
+            return insert_entry(table, lock.prove(seals if seal else None, text).to_json())
+
+        first = start()
+        with lock, atomic_output(dst, size_hint=len(first) + table.data_bytes) as output:
+            output.write(first)
 
             def change(ranges: list[Range]) -> None:
                 lock.lock(ranges, count, seal=seal, then=partial(_add, seals))
 
             _write(file, table, output, change, chosen, progress)
-            header = lock.prove(seals if seal else None, text)
             # Seals and mac are known only now; the header is no longer for them.
             output.seek(0)
-            output.write(insert_entry(table, header.to_json()))
-    return header
+            output.write(start())
+    return lock.header
 
 
 def unlock_file(
@@ -168,6 +172,71 @@ def unlock_file(
             _write(file, table, output, change, header.tensors, progress)
             if verified:
                 lock.expect(seals)
+
+
+def rekey_file(
+    src: Path,
+    dst: Path,
+    old_key: Key,
+    new_key: Key,
+    *,
+    schedule: str | None = None,
+    seal: bool = True,
+    sbox: SBox | None = None,
+    threads: int | None = None,
+    progress: Progress = None,
+) -> LockHeader:
+    """Lock a locked file anew under another key, without unlocking it: neither memory nor disk holds plain weights.
+
+    Parameters
+    ----------
+    src, dst, threads, progress
+        As for `lock_file`.
+    old_key, new_key, schedule, seal, sbox
+        As for `rekey_tensors`.
+
+    Returns
+    -------
+    LockHeader
+        As `read_header(dst)` gives it.
+
+    Raises
+    ------
+    WrongKeyError, TamperedHeaderError, TamperedError
+        `old_key` is another one, or the file was altered; nothing was written.
+    NotLockedError, ContainerError, HeaderError, SameFileError, FileAccessError, KeyTypeError, KeyFormatError, SBoxError
+        As for `unlock_file`.
+    UnknownNameError, ParameterError
+        Another argument is wrong.
+    """
+    count = resolve_threads(threads)
+    check_distinct(src, dst)
+    with _opened(src) as (file, table):
+        header = _header(table)
+        old = NamedLock.from_header(old_key, header, sbox=sbox)
+        new = NamedLock.new(new_key, header.schedule if schedule is None else schedule, old.box)
+        names = [name for name in table.tensors if name in header.tensors]
+        new.cover({name: (table.tensors[name].nbytes, None) for name in names})
+        old_seals, seals, text = dict.fromkeys(names, 0), dict.fromkeys(names, 0), canonical_text(table)
+
+        def start() -> bytes:
+            made = new.prove(seals if seal else None, text)
+            return replace_entry(table, made.to_json())
+
+        first = start()
+        with old, new, atomic_output(dst, size_hint=len(first) + table.data_bytes) as output:
+            output.write(first)
+
+            def change(ranges: list[Range]) -> None:
+                _add(old_seals, old.seals([one for one in ranges if old.sealed(one.name)], count))
+                rekey_ranges(old, new, ranges, count, seal=seal, then=partial(_add, seals))
+
+            _write(file, table, output, change, names, progress)
+            old.expect(old_seals)
+            # Seals and mac are known only now; the header is no longer for them.
+            output.seek(0)
+            output.write(start())
+    return new.header
 
 
 def verify_file(path: Path, key: Key, *, threads: int | None = None, progress: Progress = None) -> LockHeader:

@@ -12,7 +12,12 @@ from numba.core import cgutils
 from numba.core import types as numba_types
 from numba.extending import intrinsic, overload
 
-from deeplock_kernels.kernels.signatures import MASKED_RECORD_BYTES, RECORD_BYTES, REKEY_RECORD_BYTES, SEALED_RECORD_BYTES
+from deeplock_kernels.kernels.signatures import (
+    MASKED_RECORD_BYTES,
+    RECORD_BYTES,
+    REKEY_RECORD_BYTES,
+    SEALED_RECORD_BYTES,
+)
 
 types: Any = numba_types
 

@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 
 from deeplock_kernels.kernels.chains import BARE_CHAINS, CHAINS, round_keys
 from deeplock_kernels.kernels.house import inlined
-from deeplock_kernels.kernels.memory import make_counter_list, make_masked_list, make_rekey_list, make_sealed_list
+from deeplock_kernels.kernels.memory import (
+    make_counter_list,
+    make_masked_list,
+    make_rekey_list,
+    make_sealed_list,
+)
 from deeplock_kernels.kernels.seals import (
     NO_SEAL,
     Seal,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from deeplock_kernels.errors import ParameterError
+from deeplock_kernels.errors import ParameterError, shown
 
 _Result = TypeVar("_Result")
 
@@ -348,7 +348,7 @@ def _count(name: str, value: object) -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise ParameterError(f"{name}: got {value!r}, accepted is a whole number of at least 1 (or None for all)")
+        raise ParameterError(f"{name}: got {shown(value)}, accepted is a whole number of at least 1 (or None for all)")
     return number
 
 

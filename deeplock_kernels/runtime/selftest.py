@@ -207,8 +207,8 @@ def _check_rekey(name: KernelName, function: Callable[..., None], seal_keys: Cal
     fields = list(sealed.records)
     records = (ctypes.c_int64 * 18)(*fields[:8], _address(new), *fields[8:], _address(new))
     function(ctypes.addressof(records), 2, _RCON, _address(box), _address(inverse))
-    streams = (reference.counter_keystream(key[:length], key[length:], _NBYTES) for key in (old, new))
-    expected = reference.rekey(_plain(_NBYTES), *streams, table)
+    old_stream, new_stream = (reference.counter_keystream(key[:length], key[length:], _NBYTES) for key in (old, new))
+    expected = reference.rekey(_plain(_NBYTES), old_stream, new_stream, table)
     return data.raw == expected + b"\0" and sealed.seal() == reference.seal(_KEY, expected)
 
 

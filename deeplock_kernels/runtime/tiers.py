@@ -1,7 +1,8 @@
 """The ordered table of processor tiers: which this machine can run, which one is in use, and its kernels.
 
 A new tier is a module of primitives in `kernels/` and one record in `TIERS`, best first. A tier runs only where the
-processor has all its features. `DEEPLOCK_TIER=name` or `use_tier(name)` force one.
+processor has all its features. `DEEPLOCK_TIER=name` or `use_tier(name)` force one; `DEEPLOCK_REQUIRE_CONSTANT_TIME=1`
+or `use_tier(require_constant_time=True)` refuse those that are not constant-time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from deeplock_kernels.errors import KernelError, UnknownNameError, UnsupportedTierError
+from deeplock_kernels.errors import KernelError, ParameterError, UnknownNameError, UnsupportedTierError, shown
 from deeplock_kernels.kernels.signatures import KernelName, every_name
 from deeplock_kernels.runtime import codecache, pool, selftest
 
@@ -95,6 +96,7 @@ _kernels: dict[tuple[str, KernelName], Kernel] = {}
 _kept: list[Any] = []  # what compiled code lives in
 _links = itertools.count()
 _forced: Tier | None = None
+_required = False  # whether only a constant-time tier may be used; the environment may ask for that too
 
 
 @functools.cache
@@ -154,15 +156,37 @@ def _find(name: object, argument: str) -> Tier:
                 f"{argument}: got {name!r}, which needs {missing}, and this machine has not; "
                 f"supported here: {', '.join(t.name for t in TIERS if t.supported)}"
             )
-    raise UnknownNameError(f"{argument}: got {name!r}, accepted are {', '.join(t.name for t in TIERS)}")
+    raise UnknownNameError(f"{argument}: got {shown(name)}, accepted are {', '.join(t.name for t in TIERS)}")
+
+
+def _permitted(tier: Tier, argument: str, required: bool) -> Tier:
+    """Give the tier back, unless a constant-time one is required and it is not."""
+    if tier.constant_time or not (required or _required_by_environment()):
+        return tier
+    accepted = ", ".join(t.name for t in TIERS if t.supported and t.constant_time)
+    raise UnsupportedTierError(
+        f"{argument}: got {tier.name!r}, which is not constant-time, and that is required; "
+        f"constant-time here: {accepted or 'none'}"
+    )
 
 
 @functools.cache
-def _chosen() -> Tier:
+def _required_by_environment() -> bool:
+    variable = os.environ.get("DEEPLOCK_REQUIRE_CONSTANT_TIME", "")
+    if variable not in ("", "0", "1"):
+        raise ParameterError(f"DEEPLOCK_REQUIRE_CONSTANT_TIME: got {variable!r}, accepted are 0 and 1")
+    return variable == "1"
+
+
+@functools.cache
+def _default(required: bool) -> Tier:
     variable = os.environ.get("DEEPLOCK_TIER")
     if variable:
-        return _find(variable, "DEEPLOCK_TIER")
-    return next(tier for tier in TIERS if tier.supported)
+        return _permitted(_find(variable, "DEEPLOCK_TIER"), "DEEPLOCK_TIER", required)
+    required = required or _required_by_environment()
+    supported = [tier for tier in TIERS if tier.supported]
+    fitting = [tier for tier in supported if tier.constant_time or not required]
+    return _permitted((fitting or supported)[0], "tier", required)
 
 
 def active_tier() -> Tier:
@@ -171,9 +195,12 @@ def active_tier() -> Tier:
     Raises
     ------
     UnknownNameError, UnsupportedTierError
-        DEEPLOCK_TIER names no tier, or one that this machine cannot run.
+        DEEPLOCK_TIER names no tier, or one that this machine cannot run, or a constant-time one is required and there
+        is none.
+    ParameterError
+        DEEPLOCK_REQUIRE_CONSTANT_TIME is neither 0 nor 1.
     """
-    return _forced or _chosen()
+    return _forced or _default(_required)
 
 
 class use_tier:  # noqa: N801 - called like a function
@@ -183,19 +210,26 @@ class use_tier:  # noqa: N801 - called like a function
     ----------
     name
         One of the names that `tiers()` lists.
+    require_constant_time
+        True refuses every tier that is not constant-time, here and in later calls; False takes that back, None
+        leaves it. What DEEPLOCK_REQUIRE_CONSTANT_TIME=1 requires no call takes back.
 
     Raises
     ------
     UnknownNameError
         There is no such tier.
     UnsupportedTierError
-        This machine cannot run it.
+        This machine cannot run it, or it is not constant-time and that is required.
     """
 
-    def __init__(self, name: str | None) -> None:
-        global _forced
-        tier = None if name is None else _find(name, "name")
-        self._before, _forced = _forced, tier
+    def __init__(self, name: str | None = None, *, require_constant_time: bool | None = None) -> None:
+        global _forced, _required
+        required = _required if require_constant_time is None else require_constant_time
+        tier = None if name is None else _permitted(_find(name, "name"), "name", required)
+        if tier is None and required:
+            _default(required)  # which raises rather now than in the middle of something
+        self._before = _forced, _required
+        _forced, _required = tier, required
 
     def __enter__(self) -> Tier:
         return active_tier()
@@ -203,8 +237,8 @@ class use_tier:  # noqa: N801 - called like a function
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._before
+        global _forced, _required
+        _forced, _required = self._before
 
 
 def kernel(tier: Tier, name: KernelName) -> Kernel:

@@ -6,7 +6,7 @@ import ctypes
 
 from deeplock_kernels.errors import KeyFormatError, KeyTypeError
 from deeplock_kernels.kernels.signatures import RECORDS
-from deeplock_kernels.keys import MasterKey, key_bytes
+from deeplock_kernels.keys import Hidden, MasterKey, key_bytes
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import Kernel
 from deeplock_kernels.schedules.base import RCON_ADDRESS, Schedule
@@ -43,13 +43,13 @@ class CounterSchedule(Schedule):
     ) -> None:
         if not isinstance(iv, (bytes, bytearray, memoryview)):
             raise KeyTypeError(f"iv: got {type(iv).__name__}, accepted are 16 bytes")
-        start = bytes(iv)
+        start = Hidden(iv)
         if len(start) != 16:
             raise KeyFormatError(f"iv: got {len(start)} bytes, accepted are 16")
         secret = key_bytes(key)
         super().__init__(len(secret) * 8)
         self._key = ctypes.create_string_buffer(secret + start, len(secret) + 16)
-        self._address = ctypes.addressof(self._key)
+        self.address = ctypes.addressof(self._key)
 
     def _secrets(self) -> list[ctypes.Array[ctypes.c_char]]:
         return [self._key]
@@ -58,7 +58,7 @@ class CounterSchedule(Schedule):
         """Give the one kernel that transforms a few bytes in place, and the record of its arguments."""
         if self._wiped:
             self.ready()
-        record = _PACK(address, address, nbytes, offset, self._address, RCON_ADDRESS, transform.box)
+        record = _PACK(address, address, nbytes, offset, self.address, RCON_ADDRESS, transform.box)
         return transform.kernel("counter", self.bits), record
 
     def calls(
@@ -67,7 +67,7 @@ class CounterSchedule(Schedule):
         """Plan the kernel calls; see `Schedule.calls`."""
         self.ready()
         if nbytes <= piece and nbytes < _PAST_CACHE:
-            arguments = (target, source, nbytes, offset, self._address, RCON_ADDRESS)
+            arguments = (target, source, nbytes, offset, self.address, RCON_ADDRESS)
             return [transform.call("counter", self.bits, *arguments)]
         operation, head = "counter", 0
         if target != source and nbytes >= _PAST_CACHE and (target - offset) % 16 == 0:
@@ -77,5 +77,5 @@ class CounterSchedule(Schedule):
         for start, stop in zip(starts, [*starts[1:], nbytes], strict=True):
             where = (target + start, source + start, stop - start, offset + start)
             which = "counter" if start < head else operation
-            calls.append(transform.call(which, self.bits, *where, self._address, RCON_ADDRESS))
+            calls.append(transform.call(which, self.bits, *where, self.address, RCON_ADDRESS))
         return calls
