@@ -174,4 +174,6 @@ def test_objects_and_the_ordinary_compiler_give_the_same_bytes(tier):
     parts = [names[start::2] for start in range(2)]  # one for each of two processors
     processes = [Process(COMPARISON, *map(tuple, part), DEEPLOCK_TIER=tier.name) for part in parts]
     for process, part in zip(processes, parts, strict=True):
-        assert process.finish().split() == ["CFunc"] * len(part)
+        made = process.finish().split()
+        assert set(made) == {"CFunc"}
+        assert len(made) >= len(part)  # one that seals needs the one that makes its keys
