@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import secrets
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,7 +97,6 @@ def small_pieces(monkeypatch):
     for name, value in (("_SMALLEST_JOB", 2), ("_SMALLEST_PIECE", 1), ("_LARGEST_PIECE", 1)):
         monkeypatch.setattr(transform, name, value)
     monkeypatch.setattr(rekeying, "_MASK_BYTES", PIECE)
-    monkeypatch.setattr(rekeying, "_masks", threading.local())  # what it holds has that size
     support.forget_transforms()
     yield
     support.forget_transforms()
@@ -231,13 +229,13 @@ def test_no_plain_byte_is_in_memory(pair, monkeypatch, small_pieces):
     plain = painted(3 * PIECE + 50)
     locked, moved = (lock(plain, schedule) for schedule in keys)
     data, masks = locked.copy(), SimpleNamespace()
-    monkeypatch.setattr(rekeying, "_masks", masks)  # of all threads
+    monkeypatch.setattr(rekeying, "threading", SimpleNamespace(local=lambda: masks))
     seen = []
 
     def look():
         assert ((data == locked) | (data == moved)).all()
-        if hasattr(masks, "memory"):
-            seen.append(masks.memory.raw)
+        if hasattr(masks, "mask"):
+            seen.append(masks.mask.raw)
 
     def watched(tier, name):
         function = kernel(tier, name)
@@ -256,6 +254,7 @@ def test_no_plain_byte_is_in_memory(pair, monkeypatch, small_pieces):
     pieces = [mask[start : start + PIECE] for start in range(0, len(mask), PIECE)]
     assert all(any(found.startswith(piece) for piece in pieces) for found in seen)
     assert len(seen) == (0 if pair == "fused" else 2 * len(pieces))
+    assert pair == "fused" or not any(masks.mask.raw), "wiped in the end"
 
 
 # Refusals
