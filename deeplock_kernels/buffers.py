@@ -97,8 +97,8 @@ def memory(data: object, argument: str = "data", *, writable: bool = False) -> M
     return Memory(flat.ctypes.data, flat.nbytes, flat)
 
 
-def named_memory(tensors: Mapping[str, Any], names: Iterable[str]) -> dict[str, Memory]:
-    """Give the memory of named tensors, to be written.
+def named_memory(tensors: Mapping[str, Any], names: Iterable[str], *, writable: bool = True) -> dict[str, Memory]:
+    """Give the memory of named tensors, to be written or only read.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def named_memory(tensors: Mapping[str, Any], names: Iterable[str]) -> dict[str, 
         data = tensors[name]
         address = writable_address(data) if isinstance(data, np.ndarray) else 0
         blocks[name] = (
-            Memory(address, data.nbytes, data) if address else memory(data, f"tensors[{name!r}]", writable=True)
+            Memory(address, data.nbytes, data) if address else memory(data, f"tensors[{name!r}]", writable=writable)
         )
     return blocks
 

@@ -229,13 +229,13 @@ class Derivation:
         raise KeyTypeError("Derivation: it cannot be pickled or copied; make it again from its key and salt")
 
     def _expand(self, info: bytes, length: int) -> bytes:
+        """Give up to 64 bytes for a label (RFC 5869 section 2.3)."""
+        block = Hidden(hmac.digest(self._pseudorandom_key, info + b"\1", "sha256"))
         if length <= 32:
-            return Hidden(hmac.digest(self._pseudorandom_key, info + b"\1", "sha256")[:length])
-        output = block = Hidden()
-        for counter in range(1, -(-length // 32) + 1):
-            block = Hidden(hmac.digest(self._pseudorandom_key, block + info + bytes((counter,)), "sha256"))
-            output = Hidden(output + block)
-        return Hidden(output[:length])
+            return block if length == 32 else block[:length]
+        return Hidden(
+            block + hmac.digest(self._pseudorandom_key, block + info + b"\2", "sha256")[: length - 32]
+        )
 
     def tensor_key_iv(self, schedule: str, sbox: str, name: str) -> bytes:
         """Give a tensor's own key, as long as the master key, and behind it its 16-byte iv."""

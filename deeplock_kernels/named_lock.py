@@ -153,7 +153,9 @@ class NamedLock:
         if seals is not None:
             tensors = MappingProxyType(
                 {
-                    name: record if record.same_as else record._replace(seal=seals[name].to_bytes(SEAL_BYTES, "big"))
+                    name: record
+                    if record.same_as
+                    else TensorRecord(record.nbytes, record.start, None, seals[name].to_bytes(SEAL_BYTES, "big"))
                     for name, record in tensors.items()
                 }
             )

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from deeplock_kernels.kernels.signatures import RECORDS, SEAL_KEYS_BYTES, TAG_BYTES, KernelName
+from deeplock_kernels.keys import Hidden
 from deeplock_kernels.runtime.pool import Call
 from deeplock_kernels.runtime.tiers import Tier, kernel
 from deeplock_kernels.schedules.base import RCON_ADDRESS
@@ -74,14 +75,19 @@ class KeyTable:
         """Derive what is needed now."""
         for name in names:
             if name not in self._derived:
-                # Two threads may do this at once, and a kernel use the result already: it is put there whole.
-                made = ctypes.create_string_buffer(self._derive(name), self._nbytes)
-                if self._complete is not None:
-                    self._complete(ctypes.addressof(made))
                 place = self._places[name]
-                self._memory[place : place + self._nbytes] = made.raw
+                # Two threads may do this at once, and a kernel use the result already: it is put there whole.
+                self._memory[place : place + self._nbytes] = self._made(name)
                 self._derived.add(name)
-                ctypes.memset(made, 0, self._nbytes)
+
+    def _made(self, name: str) -> bytes:
+        if self._complete is None:
+            return self._derive(name)
+        made = ctypes.create_string_buffer(self._derive(name), self._nbytes)
+        self._complete(ctypes.addressof(made))
+        whole = Hidden(made.raw)
+        ctypes.memset(made, 0, self._nbytes)
+        return whole
 
     def wipe(self) -> None:
         """Fill it with zeros."""

@@ -57,7 +57,7 @@ def lock_tensors(
         Which tensors to lock: a glob pattern, several of them, or a function of the name. By default all.
     seal
         Whether to seal the locked bytes of each tensor (GMAC, SP 800-38D), so that unlocking notices every change. The
-        header proves itself in any case.
+        header proves itself in any case. It happens in the pass that locks, and with "expansion" in one of its own.
     threads
         How many threads at most; None for `get_num_threads()`.
 
@@ -150,7 +150,7 @@ def verify_tensors(
     Parameters
     ----------
     tensors, key, header, threads
-        As for `unlock_tensors`.
+        As for `unlock_tensors`, but what is only for reading will do too.
 
     Raises
     ------
@@ -162,12 +162,12 @@ def verify_tensors(
         The tensor that the message names was altered, or unlocked already.
     NotSealedError
         They were locked without seals.
-    TensorNameError, SizeMismatchError, OverlapError, BufferTypeError, BufferLayoutError, ReadOnlyError
+    TensorNameError, SizeMismatchError, OverlapError, BufferTypeError, BufferLayoutError
         As for `unlock_tensors`.
     KeyTypeError, KeyFormatError, HeaderError, ParameterError
         Another argument is wrong.
     """
-    lock, storages, count = take_up(tensors, key, header, needs_sbox=False, threads=threads)
+    lock, storages, count = take_up(tensors, key, header, only_read=True, threads=threads)
     ranges = sealed_ranges(lock, storages)
     with lock:
         lock.must_be_sealed()
@@ -186,19 +186,19 @@ def take_up(
     *,
     check: bool = True,
     sbox: SBox | None = None,
-    needs_sbox: bool = True,
+    only_read: bool = False,
     threads: int | None = None,
 ) -> tuple[NamedLock, dict[str, tuple[Memory, str | None]], int]:
     """Check all that can be checked of locked tensors, and give their lock, their memory and the number of threads."""
     _check_names(tensors)
-    lock = NamedLock.from_header(key, header, check=check, sbox=sbox, needs_sbox=needs_sbox)
+    lock = NamedLock.from_header(key, header, check=check, sbox=sbox, needs_sbox=not only_read)
     count = resolve_threads(threads)
     missing = [name for name in header.tensors if name not in tensors]
     if missing:
         raise TensorNameError(
             f"tensors: {missing[0]!r} is in the header and not here; {len(missing)} such in all"
         )
-    storages = _storages(tensors, list(header.tensors))
+    storages = _storages(tensors, list(header.tensors), writable=not only_read)
     for name, (block, same_as) in storages.items():
         record = header.tensors[name]
         if block.nbytes != record.nbytes:
@@ -345,9 +345,11 @@ def _check_names(tensors: Mapping[str, Any]) -> list[str]:
     return list(tensors)
 
 
-def _storages(tensors: Mapping[str, Any], chosen: list[str]) -> dict[str, tuple[Memory, str | None]]:
+def _storages(
+    tensors: Mapping[str, Any], chosen: list[str], *, writable: bool = True
+) -> dict[str, tuple[Memory, str | None]]:
     """Give the memory of the chosen tensors, and for one that has the memory of an earlier one, that one's name."""
-    blocks = buffers.named_memory(tensors, chosen)
+    blocks = buffers.named_memory(tensors, chosen, writable=writable)
     others = {}
     if len(blocks) < len(tensors):
         for name in tensors.keys() - blocks.keys():

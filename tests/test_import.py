@@ -129,7 +129,7 @@ def test_a_type_checker_sees_the_same_names():
 FLOORS = [
     {"cli", "demo", "measure", "__main__"},
     {"frameworks", "checkpoints"},
-    {"tensors", "named_lock", "pieces", "header"},
+    {"rekeying", "tensors", "named_lock", "pieces", "header"},
     {"locking"},
     {"schedules"},
     {"transform"},

@@ -673,3 +673,17 @@ def test_each_tier_unlocks_and_verifies_what_another_sealed():
             verify_tensors(tensors, KEY, header)
             unlock_tensors(tensors, KEY, header)
         assert bytes_of(tensors) == bytes_of(some_tensors({"a": 5000, "b": 17}))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_only_for_reading_is_verified(schedule):
+    tensors = {"a": painted(5000), "b": np.arange(30, dtype=np.float32)}
+    header = lock_tensors(tensors, KEYS[256], schedule=schedule)
+    for array in tensors.values():
+        array.flags.writeable = False
+    frozen = {name: array.tobytes() for name, array in tensors.items()}
+    for kept in (tensors, frozen):
+        verify_tensors(kept, KEYS[256], header)
+    frozen["a"] = frozen["a"][:-1] + bytes([frozen["a"][-1] ^ 1])
+    with pytest.raises(TamperedError, match=r"^tensors\['a'\]: "):
+        verify_tensors(frozen, KEYS[256], header)

@@ -72,20 +72,20 @@ def _tier(
 TIERS = (
     _tier(
         "avx512",
-        "AVX-512 BW and VBMI, GFNI, VAES",
+        "AVX-512 BW and VBMI, GFNI, VAES, VPCLMULQDQ",
         "avx512f avx512bw avx512dq avx512vl avx512vbmi gfni vaes vpclmulqdq aes pclmul bmi2",
         "identity aes aes_inverse affine table",
         16_000,
     ),
     _tier(
         "gfni",
-        "AVX2, GFNI, VAES",
+        "AVX2, GFNI, VAES, VPCLMULQDQ",
         "avx2 gfni vaes vpclmulqdq aes pclmul bmi2",
         "identity aes aes_inverse affine table",
         12_000,
     ),
-    _tier("avx2", "AVX2, AES-NI", "avx2 aes pclmul bmi2", "identity aes aes_inverse table", 6_000),
-    _tier("neon", "AArch64 AES and TBL", "neon aes", "identity aes aes_inverse table", 3_000),
+    _tier("avx2", "AVX2, AES-NI, PCLMULQDQ", "avx2 aes pclmul bmi2", "identity aes aes_inverse table", 6_000),
+    _tier("neon", "AArch64 AES, PMULL and TBL", "neon aes", "identity aes aes_inverse table", 3_000),
     _tier("portable", "plain code, tables in memory", "", "identity table", 200, constant_time=False),
 )
 
