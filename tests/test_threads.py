@@ -646,7 +646,7 @@ if not many:
     transform._SMALLEST_JOB, transform._SMALLEST_PIECE, transform._LARGEST_PIECE = 500, 100, 1000
 size = 200 * tiers.active_tier().pace
 plain = (np.arange(size) % 251).astype(np.uint8)
-tensors = {"large": plain.copy(), "small": plain[:77].copy(), "empty": plain[:0].copy()}
+tensors = {"large": plain.copy(), "small": plain[:77].copy()}
 key = bytes(range(32))
 work = lambda: deeplock.lock_tensors(tensors, key, schedule=kind, threads=threads)
 def again():
