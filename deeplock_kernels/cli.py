@@ -239,15 +239,15 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _spare_key_file(arguments: argparse.Namespace) -> None:
-    """Refuse an output that would take the place of the key, without which nothing can be unlocked again."""
+def _spare_key_file(key_file: str, output: str) -> None:
+    """Refuse an output that would take the place of a key, without which nothing can be unlocked again."""
     from deeplock_kernels.files import check_distinct
 
     try:
-        check_distinct(arguments.key, arguments.output)
+        check_distinct(key_file, output)
     except SameFileError:
         raise SameFileError(
-            f"{arguments.output}: it is the key file; another file is accepted; write to a new path"
+            f"{output}: it is the key file; another file is accepted; write to a new path"
         ) from None
 
 
@@ -266,7 +266,7 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
-        _spare_key_file(arguments)
+        _spare_key_file(arguments.key, arguments.output)
         header = lock_file(
             arguments.input,
             arguments.output,
@@ -288,7 +288,7 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
-        _spare_key_file(arguments)
+        _spare_key_file(arguments.key, arguments.output)
         unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
     yield f"{arguments.output}: unlocked"
 
@@ -302,6 +302,8 @@ def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
         MasterKey.from_file(arguments.new_key) as new_key,
         _progress(arguments.input, "rekeying") as progress,
     ):
+        for key_file in (arguments.key, arguments.new_key):
+            _spare_key_file(key_file, arguments.output)
         header = rekey_file(
             arguments.input, arguments.output, key, new_key, threads=arguments.threads, progress=progress
         )

@@ -18,7 +18,6 @@ from deeplock_kernels.header import LockHeader
 from deeplock_kernels.kernels.signatures import (
     INVERSE_FORMS,
     RECORDS,
-    REKEY_RECORD_BYTES,
     SEAL_KEYS_BYTES,
     TAG_BYTES,
     KernelName,
@@ -36,7 +35,6 @@ from deeplock_kernels.tensors import ranges_of, sealed_ranges, take_up
 from deeplock_kernels.transform import IDENTITY, Transform, piece_bytes
 
 _MASK_BYTES = 256 << 10  # of both key streams at a time: they stay in the cache
-_KEY_FIELD, _NEW_KEY_FIELD = 4, 8  # of a rekey record
 _Result = TypeVar("_Result")
 
 
@@ -96,7 +94,10 @@ def rekey(
     else:
         plan = _masked([whole], box, tier, lambda _name: ((old, 0), (new, 0)))
     buffers.note_written(result)
-    pool.run(plan.calls, count, plan.undo if target.address == source.address else None)
+    try:
+        pool.run(plan.calls, count, plan.undo if target.address == source.address else None)
+    finally:
+        plan.wipe()
     return result
 
 
@@ -184,24 +185,38 @@ def rekey_ranges(
         plan = _fused(ranges, new.box, new.tier, new.key_bits, threads, fields, derive)
     else:
         plan = _masked(ranges, new.box, new.tier, lambda name: (old.stream(name), new.stream(name)))
-    pool.run(plan.calls, threads, plan.undo if in_place else None)
     try:
-        if fused:
-            return then(tags.seals())
-        written = [one._replace(source=one.target) for one in ranges]
-        return then(new.seals(written, threads) if seal else {})
-    except BaseException:
-        if in_place:
-            pool.take_back(plan.calls, plan.undo)
-        raise
+        pool.run(plan.calls, threads, plan.undo if in_place else None)
+        try:
+            if fused:
+                return then(tags.seals())
+            written = [one._replace(source=one.target) for one in ranges]
+            return then(new.seals(written, threads) if seal else {})
+        except BaseException:
+            if in_place:
+                pool.take_back(plan.calls, plan.undo)
+            raise
+    finally:
+        plan.wipe()
+
+
+def _again(finished: Call) -> Call:
+    """Give the way back: from the new key to the old one is the same XOR."""
+    return finished
 
 
 class _Plan(NamedTuple):
-    """Planned calls, what gives the call that takes back a finished one, and what has to be held meanwhile."""
+    """Planned calls, what gives the call that takes back a finished one, and the memory that they need meanwhile."""
 
     calls: list[Call]
     undo: pool.Undo
+    masks: list[ctypes.Array[ctypes.c_char]]
     held: object
+
+    def wipe(self) -> None:
+        """Fill what held key streams with zeros."""
+        for mask in self.masks:
+            ctypes.memset(mask, 0, len(mask))
 
 
 def _boxes(sbox: SBox, tier: Tier) -> tuple[str, int, int, object]:
@@ -225,29 +240,14 @@ def _fused(
     form, box, inverse, kept = _boxes(sbox, tier)
     function, pack = kernel(tier, KernelName("rekey", bits, form)), RECORDS["rekey"].pack
     if not ranges:
-        return _Plan([], lambda finished: finished, ())
+        return _Plan([], _again, [], ())
 
     def plan(address: int, count: int, before: Callable[[], None] | None) -> Call:
         return Call(function, (pack(address, count, RCON_ADDRESS, box, inverse),), before)
 
     groups = deal(ranges, piece_bytes(tier, sum(one.nbytes for one in ranges), threads))
     listing = list_calls(groups, plan, fields, derive)
-    swapped: list[array[int]] = []
-
-    def undo(finished: Call) -> Call:
-        # The other way round is the same kernel with the keys exchanged.
-        address, count, *_ = RECORDS["rekey"].unpack(finished.arguments[0])
-        records = array("q", ctypes.string_at(address, count * REKEY_RECORD_BYTES))
-        for at in range(0, len(records), listing.width):
-            key, new_key = records[at + _KEY_FIELD], records[at + _NEW_KEY_FIELD]
-            records[at + _KEY_FIELD], records[at + _NEW_KEY_FIELD] = new_key, key
-        swapped.append(records)
-        return plan(records.buffer_info()[0], count, None)
-
-    return _Plan(listing.calls, undo, (kept, listing, swapped))
-
-
-_masks = threading.local()
+    return _Plan(listing.calls, _again, [], (kept, listing))
 
 
 def _masked(
@@ -262,13 +262,16 @@ def _masked(
     bare = Transform.of(IDENTITY, "lock", tier)
     pieces = [one for group in deal(ranges, _MASK_BYTES) for one in group if one.nbytes]
     records = array("q", [0]) * (4 * len(pieces))
+    masks: list[ctypes.Array[ctypes.c_char]] = []
+    own = threading.local()
     start, width = records.buffer_info()[0], 4 * records.itemsize
 
     def fill(number: int) -> None:
         """Make the mask of a piece in this thread's memory, and enter it in the record."""
-        if not hasattr(_masks, "memory"):
-            _masks.memory = ctypes.create_string_buffer(_MASK_BYTES)
-        mask, one = ctypes.addressof(_masks.memory), pieces[number]
+        if not hasattr(own, "mask"):
+            own.mask = ctypes.create_string_buffer(_MASK_BYTES)
+            masks.append(own.mask)
+        mask, one = ctypes.addressof(own.mask), pieces[number]
         ctypes.memset(mask, 0, one.nbytes)
         for schedule, position in streams(one.name):
             for call in schedule.calls(bare, mask, mask, one.nbytes, position + one.offset, one.nbytes):
@@ -286,4 +289,4 @@ def _masked(
         fill(number)
         return finished
 
-    return _Plan([plan(number) for number in range(len(pieces))], undo, (kept, records))
+    return _Plan([plan(number) for number in range(len(pieces))], undo, masks, (kept, records))

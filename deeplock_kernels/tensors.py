@@ -198,7 +198,7 @@ def take_up(
         raise TensorNameError(
             f"tensors: {missing[0]!r} is in the header and not here; {len(missing)} such in all"
         )
-    storages = _storages(tensors, list(header.tensors), writable=not only_read)
+    storages = _storages(tensors, [name for name in tensors if name in header.tensors], writable=not only_read)
     for name, (block, same_as) in storages.items():
         record = header.tensors[name]
         if block.nbytes != record.nbytes:

@@ -298,7 +298,10 @@ def test_nobody_chooses_the_salt_of_a_lock():
     assert {"lock", "lock_tensors", "lock_file", "MasterKey.from_hex"} <= takes.keys()
     assert {where for where, names in takes.items() if "salt" in names} == {"LockHeader"}
     takers = {where for where, names in takes.items() if "header" in names}
-    assert takers == {"unlock_tensor", "unlock_tensors", "verify_tensors"}
+    assert takers == {"rekey_tensors", "unlock_tensor", "unlock_tensors", "verify_tensors"}
+    tensors, key = {"a": np.zeros(100, np.uint8)}, bytes(16)
+    header = lock_tensors(tensors, key)
+    assert deeplock_kernels.rekey_tensors(tensors, key, key, header).salt != header.salt
     assert {where for where, names in takes.items() if "iv" in names} == {"CounterSchedule"}
 
 

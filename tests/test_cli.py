@@ -37,7 +37,7 @@ from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
 from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES
 
-COMMANDS = ("keygen", "lock", "unlock", "verify", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
+COMMANDS = ("keygen", "lock", "unlock", "rekey", "verify", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
 KEY, OTHER_KEY = KEYS[256], KEYS[256][::-1]
 
 
@@ -118,6 +118,7 @@ OPTIONS = {
     "keygen": "KEYFILE --bits",
     "lock": "IN OUT --key --threads --schedule --sbox --only --no-seal",
     "unlock": "IN OUT --key --threads",
+    "rekey": "IN OUT --key --new-key --threads",
     "verify": "FILE --key --threads",
     "inspect": "FILE",
     "tiers": "",
@@ -149,6 +150,8 @@ WRONG_LINES = {
     "lock without a target": ["lock", "plain", "--key", "key"],
     "unlock without a key": ["unlock", "locked", "new"],
     "unlock without seals": ["unlock", "locked", "new", "--key", "key", "--no-seal"],
+    "rekey without a new key": ["rekey", "locked", "new", "--key", "key"],
+    "rekey without an old key": ["rekey", "locked", "new", "--new-key", "key"],
     "verify without a key": ["verify", "locked"],
     "verify with a target": ["verify", "locked", "new", "--key", "key"],
     "no threads": ["lock", "plain", "new", "--key", "key", "--threads", "0"],
@@ -253,6 +256,21 @@ def test_lock_only_some(folder, run, patterns, chosen):
     assert sorted(read_header("new").tensors) == chosen
 
 
+@pytest.mark.parametrize("key", ["other.key", "short.key", "key"])
+@pytest.mark.parametrize("options", [[], ["--schedule", "expansion", "--no-seal"]])
+def test_rekey(folder, run, options, key):
+    assert run("lock", "plain", "first", "--key", "key", *options)[0] == 0
+    code, out, err = run("rekey", "first", "second", "--key", "key", "--new-key", key, "--threads", 2)
+    assert (code, out, err) == (0, "second: 3 tensors locked under the new key and sealed\n", "")
+    first, second = read_header("first"), read_header("second")
+    assert (first.schedule, first.salt != second.salt) == (second.schedule, True)
+    assert run("verify", "second", "--key", key)[0] == 0
+    if key != "key":
+        assert run("unlock", "second", "none", "--key", "key")[0] == 3
+    assert run("unlock", "second", "restored", "--key", key)[0] == 0
+    assert (folder / "restored").read_bytes() == (folder / "plain").read_bytes()
+
+
 @pytest.mark.parametrize("options", [[], ["--schedule", "expansion", "--only", "a.*", "--threads", "2"]])
 def test_verify(folder, run, options):
     assert run("lock", "plain", "new", "--key", "key", *options)[0] == 0
@@ -319,6 +337,7 @@ def not_sealed(folder):
 
 LOCK, UNLOCK = "lock plain new --key key", "unlock locked new --key key"
 VERIFY = "verify locked --key key"
+REKEY = "rekey locked new --key key --new-key other.key"
 BAD_KEYS = {
     "empty": b"",
     "not hexadecimal": b"g" * 64 + b"\n",
@@ -360,6 +379,19 @@ FAILURES = {  # name: (command line, what to do before, exit code, words)
     "a shorter key": ("unlock locked new --key short.key", None, 3, "key: got 128 bits"),
     "unlock of altered weights": (UNLOCK, altered_weights, 4, "tensors['a.weight']: its bytes are not those"),
     "unlock of other metadata": (UNLOCK, altered(b'"x":"y"', b'"x":"z"'), 4, "header: it is not as the lock made it"),
+    "rekey of no file": ("rekey none new --key key --new-key other.key", None, 1, "none: cannot be read: no such file"),
+    "rekey of a plain file": ("rekey plain new --key key --new-key key", None, 1, "plain: it carries no lock header"),
+    "rekey onto itself": ("rekey locked ./locked --key key --new-key key", None, 1, "which is the source locked"),
+    "rekey onto the key file": ("rekey locked ./key --key key --new-key other.key", None, 1, "./key: it is the key file"),
+    "rekey onto the new key": ("rekey locked other.key --key key --new-key other.key", None, 1, "other.key: it is the key"),
+    "rekey with another key": ("rekey locked new --key other.key --new-key key", None, 3, "key: it is not the one"),
+    "rekey with a shorter key": ("rekey locked new --key short.key --new-key key", None, 3, "key: got 128 bits"),
+    "rekey without key file": ("rekey locked new --key none --new-key key", None, 1, "none: cannot be read: no such file"),
+    "rekey without new file": ("rekey locked new --key key --new-key none", None, 1, "none: cannot be read: no such file"),
+    "rekey of altered weights": (REKEY, altered_weights, 4, "tensors['a.weight']: its bytes are not those"),
+    "rekey of other metadata": (REKEY, altered(b'"x":"y"', b'"x":"z"'), 4, "header: it is not as the lock made it"),
+    "rekey of a cut file": (REKEY, truncated("locked"), 1, "locked: got "),
+    "rekey of an own S-Box": (REKEY, own_box, 1, "sbox: the tensors were locked with one whose SHA-256 is"),
     "verify of altered weights": (VERIFY, altered_weights, 4, "tensors['a.weight']: its bytes are not those"),
     "verify of another shape": (VERIFY, altered(b"[30,100]", b"[100,30]"), 4, "header: it is not as the lock made it"),
     "verify of no seals": (VERIFY, not_sealed, 1, "header: 3 of 3 tensors have no seal, as "),
@@ -462,7 +494,7 @@ def test_interrupted_while_it_works(folder, run, monkeypatch, error):
         return original(*arguments)
 
     monkeypatch.setattr(checkpoints, "_mapped", mapped)
-    for arguments in (LOCK, UNLOCK):
+    for arguments in (LOCK, UNLOCK, REKEY):
         windows.clear()
         code, out, err = run(*arguments.split())
         if error is None:

@@ -294,6 +294,34 @@ def mistakes_in_unlocking_one(key):
     yield lambda: deeplock.unlock_tensor("text", key, header, "layer.bias")
 
 
+def mistakes_in_rekeying_bytes(key):
+    schedule = deeplock.CounterSchedule(key, IV)
+    for place in range(2):
+
+        def operation(data, other, place=place, **keywords):
+            schedules = [schedule, schedule]
+            schedules[place] = other
+            return deeplock.rekey(data, *schedules, **keywords)
+
+        yield from mistakes_in_bytes(key, operation)
+
+
+def mistakes_in_rekeying(key):
+    tensors, header = locked(key)
+    _, with_own = locked(key, sbox=OWN_BOX)
+    yield lambda: deeplock.rekey_tensors(tensors, OTHER, key, header)
+    yield lambda: deeplock.rekey_tensors(tensors, deeplock.MasterKey.generate(128), key, header)
+    yield lambda: deeplock.rekey_tensors(tensors, key, "text", header)
+    yield lambda: deeplock.rekey_tensors(tensors, key, header, key)
+    yield lambda: deeplock.rekey_tensors({}, key, OTHER, header)
+    yield lambda: deeplock.rekey_tensors(tensors, key, OTHER, header, schedule=key)
+    yield lambda: deeplock.rekey_tensors(tensors, key, OTHER, header, threads=0)
+    yield lambda: deeplock.rekey_tensors(tensors, key, OTHER, with_own)
+    tensors["layer.bias"][0] += 1
+    for schedule in ("counter", "expansion"):
+        yield lambda schedule=schedule: deeplock.rekey_tensors(tensors, key, OTHER, header, schedule=schedule)
+
+
 def mistakes_in_verifying(key):
     tensors, header = locked(key)
     yield lambda: deeplock.verify_tensors(tensors, OTHER, header)
@@ -358,6 +386,16 @@ MISTAKES = {
         lambda: deeplock.lock_tensors(model(), key, threads=-1),
     ],
     "read_header": lambda key: [lambda: deeplock.read_header("key"), lambda: deeplock.read_header("plain")],
+    "rekey": mistakes_in_rekeying_bytes,
+    "rekey_file": lambda key: [
+        *mistakes_in_files(key, lambda *arguments, **keywords: deeplock.rekey_file(*arguments, OTHER, **keywords), "locked"),
+        lambda: deeplock.rekey_file("locked", "new", OTHER, key),
+        lambda: deeplock.rekey_file("locked", "new", key, "text"),
+        lambda: deeplock.rekey_file("locked", "new", key, OTHER, schedule=key),
+        lambda: deeplock.rekey_file("plain", "new", key, OTHER),
+        lambda: deeplock.rekey_file("altered", "new", key, OTHER),
+    ],
+    "rekey_tensors": mistakes_in_rekeying,
     "set_num_threads": lambda key: [lambda: deeplock.set_num_threads(key)],
     "substitute": lambda key: [lambda: deeplock.substitute(bytearray(9), key)],
     "tiers": lambda key: [],
@@ -460,14 +498,18 @@ def everything(schedule, key):
             for stream in (counter, expansion):
                 getattr(deeplock, name)(bytearray(99), stream)
                 stream.keystream(20)
+                deeplock.rekey(bytearray(99), counter, stream)
     deeplock.expand_key(key, 60)
     tensors, header = locked(key, schedule=schedule, threads=1)
     for name, tensor in tensors.items():
         deeplock.unlock_tensor(tensor, key, header, name)
         deeplock.unlock_tensor(tensor.reshape(-1)[1:], key, header, name, offset=4)
     deeplock.verify_tensors(tensors, key, header, threads=1)
+    for new_schedule in (schedule, "counter", schedule):
+        header = deeplock.rekey_tensors(tensors, key, key, header, schedule=new_schedule, threads=1)
     deeplock.unlock_tensors(tensors, key, header, threads=2)
-    deeplock.lock_file("plain", "other", key, schedule=schedule)
+    deeplock.lock_file("plain", "locked first", key, schedule=schedule)
+    deeplock.rekey_file("locked first", "other", key, key)
     deeplock.verify_file("other", key)
     deeplock.unlock_file("other", "back", key)
     assert Path("back").read_bytes() == Path("plain").read_bytes()

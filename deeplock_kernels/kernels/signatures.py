@@ -124,18 +124,16 @@ def every_name(forms: tuple[str, ...]) -> list[KernelName]:
     names = [KernelName(operation) for operation in ("xor", "xor_sum", "copy_past_cache", "seal", "seal_keys")]
     names += [KernelName("expansion_chain", bits) for bits in (128, 192, 256)]
     for form in forms:
-        names += [KernelName(operation, form=form) for operation in ("substitute", "rekey_masked")]
-        names += [KernelName("rekey", bits, form) for bits in (128, 192, 256)]
+        operations = ["counter", "counter_past_cache", "counter_list", "expansion", "expansion_indexed"]
+        names.append(KernelName("substitute", form=form))
+        if form != "identity":  # which bare key streams take
+            operations.append("counter_sealed")
+        if form not in ("identity", "aes_inverse"):  # the form of no named S-Box itself
+            names.append(KernelName("rekey_masked", form=form))
+            names += [KernelName("rekey", bits, form) for bits in (128, 192, 256)]
         names += [
             KernelName(operation, bits, form, direction)
-            for operation in (
-                "counter",
-                "counter_past_cache",
-                "counter_list",
-                "counter_sealed",
-                "expansion",
-                "expansion_indexed",
-            )
+            for operation in operations
             for bits in (128, 192, 256)
             for direction in _DIRECTIONS.get(form, ("lock", "unlock"))
         ]

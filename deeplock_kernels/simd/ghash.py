@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from deeplock_kernels.simd.vectors import (
     BLOCK,
     Vector,
+    as_lanes,
     byte,
     constant,
     in_blocks,
@@ -210,14 +211,17 @@ def load_power(builder: Any, powers: Any, exponent: int, nbytes: int) -> Any:
 
 @intrinsic
 def raised(typingctx, block):
-    """Turn a block around and multiply it by x."""
+    """Turn a block around and multiply it by x, in vectors: as an integer it would go through general registers."""
 
     def generate(_context, builder, _signature, values):
-        wide = ir.IntType(128)
-        number = builder.bitcast(in_blocks(builder, values[0], _REVERSED), wide)
-        lost = builder.ashr(number, wide(127))  # all ones or none
-        number = builder.xor(builder.shl(number, wide(1)), builder.and_(lost, wide(_POLYNOMIAL)))
-        return builder.bitcast(number, ir.VectorType(byte, BLOCK))
+        halves = as_lanes(builder, in_blocks(builder, values[0], _REVERSED), 64)
+        one, last = (ir.Constant(halves.type, [bits, bits]) for bits in (1, 63))
+        shifted = builder.shl(halves, one), builder.lshr(halves, last), builder.ashr(halves, last)
+        doubled, carried, top = (builder.bitcast(each, values[0].type) for each in shifted)
+        carried = permute(builder, carried, constant([0], BLOCK), [BLOCK] * 8 + list(range(8)))
+        lost = in_blocks(builder, top, [*range(8, 16)] * 2)  # all ones or none
+        polynomial = constant(_POLYNOMIAL.to_bytes(BLOCK, "little"), BLOCK)
+        return builder.xor(builder.xor(doubled, carried), builder.and_(lost, polynomial))
 
     return u8x16(block), generate
 

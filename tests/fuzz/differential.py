@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from deeplock_kernels import locking, reference, tensors, transform
+from deeplock_kernels import locking, reference, rekeying, tensors, transform
 from deeplock_kernels.errors import TamperedError
 from deeplock_kernels.header import LockHeader, sbox_field
 from deeplock_kernels.kernels.signatures import SEGMENTS_PER_GROUP, segment_bytes
@@ -54,6 +54,18 @@ class Case:
     def key(self) -> bytes:
         """Give the key, or the master key."""
         return Random(self.seed).randbytes(self.bits // 8)
+
+    @cached_property
+    def new_kind(self) -> tuple[str, int]:
+        """Give the schedule to rekey to and the length of its key in bits: half of the time those of the case."""
+        random = Random(self.seed + 2)
+        other = random.choice(["counter", "expansion"]), random.choice([128, 192, 256])
+        return random.choice([(self.schedule, self.bits), other])
+
+    @cached_property
+    def new_key(self) -> bytes:
+        """Give the key to rekey to."""
+        return Random(self.seed + 3).randbytes(self.new_kind[1] // 8)
 
     @cached_property
     def box(self) -> SBox:
@@ -97,8 +109,25 @@ def _keyed(direction: str) -> Operation:
         getattr(locking, direction)(source, keys, out=target, **options)
 
     def expected(case: Case, part: bytes, start: int) -> bytes | None:
-        stream = _stream(case, case.key, bytes.fromhex(case.iv), case.offset + start, len(part))
+        stream = _stream(case.schedule, case.key, bytes.fromhex(case.iv), case.offset + start, len(part))
         return None if stream is None else getattr(reference, direction)(part, stream, case.box.table)
+
+    return Operation(apply, expected)
+
+
+def _rekeying() -> Operation:
+    def apply(case: Case, source: np.ndarray, target: np.ndarray) -> None:
+        kinds = {"counter": lambda key, iv: CounterSchedule(key, iv), "expansion": lambda key, _iv: ExpansionSchedule(key)}
+        old = kinds[case.schedule](case.key, bytes.fromhex(case.iv))
+        new = kinds[case.new_kind[0]](case.new_key, _salt(case))
+        options: dict[str, Any] = {"sbox": case.box, "offset": case.offset, "threads": case.threads}
+        rekeying.rekey(source, old, new, out=target, **options)
+
+    def expected(case: Case, part: bytes, start: int) -> bytes | None:
+        place = case.offset + start, len(part)
+        old = _stream(case.schedule, case.key, bytes.fromhex(case.iv), *place)
+        new = _stream(case.new_kind[0], case.new_key, _salt(case), *place)
+        return None if old is None or new is None else reference.rekey(part, old, new, case.box.table)
 
     return Operation(apply, expected)
 
@@ -162,7 +191,7 @@ def _expected_of_tensors(case: Case, part: bytes, start: int) -> bytes | None:
             key, iv = reference.tensor_key_iv(case.key, _salt(case), case.schedule, label, name)
             stream += reference.counter_keystream(key, iv, high - low, low - place.start)
         else:
-            following = _stream(case, case.key, b"", low, high - low)
+            following = _stream(case.schedule, case.key, b"", low, high - low)
             if following is None:
                 return None
             stream += following
@@ -173,8 +202,8 @@ def _salt(case: Case) -> bytes:
     return Random(case.seed + 1).randbytes(16)
 
 
-def _stream(case: Case, key: bytes, iv: bytes, offset: int, nbytes: int) -> bytes | None:
-    if case.schedule == "counter":
+def _stream(schedule: str, key: bytes, iv: bytes, offset: int, nbytes: int) -> bytes | None:
+    if schedule == "counter":
         return reference.counter_keystream(key, iv, nbytes, offset)
     return reference.expansion_keystream(key, nbytes, offset) if offset + nbytes <= REACH else None
 
@@ -182,6 +211,7 @@ def _stream(case: Case, key: bytes, iv: bytes, offset: int, nbytes: int) -> byte
 OPERATIONS = {
     "lock": _keyed("lock"),
     "unlock": _keyed("unlock"),
+    "rekey": _rekeying(),
     "substitute": _substitution(inverse=False),
     "substitute_inverse": _substitution(inverse=True),
     "lock_tensors": _tensors(seal=False),

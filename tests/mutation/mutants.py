@@ -378,16 +378,16 @@ MUTANTS = (
         "tier-forced",
         "a forced tier that nobody knows is passed over",
         "runtime/tiers.py",
-        '    if variable:\n        return _find(variable, "DEEPLOCK_TIER")',
-        '    if variable in [tier.name for tier in TIERS]:\n        return _find(variable, "DEEPLOCK_TIER")',
+        '    if variable:\n        return _permitted(_find(variable, "DEEPLOCK_TIER")',
+        '    if variable in [tier.name for tier in TIERS]:\n        return _permitted(_find(variable, "DEEPLOCK_TIER")',
         ("test_tiers.py::test_variable_with_an_unknown_name_fails_at_the_first_use",),
     ),
     Mutant(
         "tier-nesting",
         "the end of a forced tier's block takes away the force of the one around it",
         "runtime/tiers.py",
-        "_forced = self._before\n",
-        "_forced = None\n",
+        "_forced, _required = self._before\n",
+        "_forced, _required = None, self._before[1]\n",
         ("test_tiers.py::test_use_tier_as_a_call_and_as_a_context_nests",),
     ),
     Mutant(
@@ -602,8 +602,8 @@ MUTANTS = (
         "derivation-chain",
         "HKDF's second block does not depend on its first",
         "keys.py",
-        "block + info + bytes((counter,))",
-        "info + bytes((counter,))",
+        'block + info + b"\\2"',
+        'info + b"\\2"',
         ("test_keys.py::test_derivation_gives_the_vectors",),
     ),
     Mutant(
@@ -626,8 +626,8 @@ MUTANTS = (
         "key-random",
         "a generated key comes from a generator that can be predicted",
         "keys.py",
-        "return cls.from_bytes(secrets.token_bytes(int(bits) // 8))",
-        "import random; return cls.from_bytes(random.randbytes(int(bits) // 8))",
+        "return cls.from_bytes(Hidden(secrets.token_bytes(int(bits) // 8)))",
+        "import random; return cls.from_bytes(Hidden(random.randbytes(int(bits) // 8)))",
         ("test_keys.py::test_generate_asks_the_operating_system",),
     ),
     Mutant(
@@ -875,10 +875,10 @@ MUTANTS = (
         "seal-order",
         "tensors are unlocked before their seals are compared",
         "tensors.py",
-        "            lock.expect(lock.seals(_sealed(lock, storages), count))\n"
+        "            lock.expect(lock.seals(sealed_ranges(lock, storages), count))\n"
         "        buffers.note_written(*(tensors[name] for name in header.tensors))\n"
         "        lock.unlock(ranges, count)\n",
-        "            found = lock.seals(_sealed(lock, storages), count)\n"
+        "            found = lock.seals(sealed_ranges(lock, storages), count)\n"
         "        lock.unlock(ranges, count)\n"
         "        if check and seal:\n"
         "            lock.expect(found)\n",
@@ -933,6 +933,62 @@ MUTANTS = (
         "        left = nbytes - whole\n        if left > 63:",
         ("test_tiers.py::test_self_test_sees_one_wrong_bit[{tier}-rekey_masked_identity]",),
         VECTORS,
+    ),
+    Mutant(
+        "rekey-undo",
+        "a rekeying that fails half way is not taken back",
+        "rekeying.py",
+        "pool.run(plan.calls, threads, plan.undo if in_place else None)",
+        "pool.run(plan.calls, threads, None)",
+        ("test_rekey.py::test_a_failure_leaves_all_tensors_as_they_were[counter-1-kernel-MemoryError()]",),
+    ),
+    Mutant(
+        "rekey-undo-mask",
+        "a rekeying is taken back with the mask of whatever piece was the last",
+        "rekeying.py",
+        "        fill(number)\n        return finished",
+        "        return finished",
+        ("test_rekey.py::test_a_failure_leaves_all_tensors_as_they_were[to expansion-1-kernel-MemoryError()]",),
+    ),
+    Mutant(
+        "rekey-prove",
+        "rekeying is not taken back when the header cannot be made",
+        "rekeying.py",
+        "            if in_place:\n                pool.take_back(plan.calls, plan.undo)",
+        "            if False:\n                pool.take_back(plan.calls, plan.undo)",
+        ("test_rekey.py::test_a_failure_behind_the_last_kernel[counter-small-prove-MemoryError()]",),
+    ),
+    Mutant(
+        "rekey-verify",
+        "rekeying does not look at the old seals",
+        "rekeying.py",
+        "        old.expect(old.seals(sealed_ranges(old, storages), count))\n",
+        "",
+        ("test_rekey.py::test_one_wrong_bit_and_nothing_is_done[a-counter]",),
+    ),
+    Mutant(
+        "rekey-verify-file",
+        "rekeying a file does not look at the old seals",
+        "checkpoints/safetensors.py",
+        "            old.expect(old_seals)\n",
+        "",
+        ("test_rekey.py::test_a_file_that_is_refused_leaves_the_directory_as_it_was[altered weights-new-counter]",),
+    ),
+    Mutant(
+        "rekey-offset",
+        "the mask of rekeying begins at the start of the key streams",
+        "rekeying.py",
+        "position + one.offset, one.nbytes)",
+        "position, one.nbytes)",
+        ("test_rekey.py::test_many_pieces[portable-1-other bits]",),
+    ),
+    Mutant(
+        "rekey-key-file",
+        "rekeying may write over the new key",
+        "cli.py",
+        "for key_file in (arguments.key, arguments.new_key):",
+        "for key_file in (arguments.key,):",
+        ("test_cli.py::test_a_command_that_fails[rekey onto the new key-new]",),
     ),
     Mutant(
         "self-test-seal",
