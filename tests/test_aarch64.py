@@ -21,8 +21,9 @@ NEON = next(tier for tier in TIERS if tier.name == "neon")
 NAMES = [
     name
     for name in every_name(NEON.forms)
-    # Both are an order of the same instructions as another one.
-    if (name.direction != "unlock" or name.form == "aes_inverse") and name[0:3:2] != ("rekey", "aes_inverse")
+    # These have an order of the same instructions, and rekeying takes the rounds that locking does.
+    if not (name.direction == "unlock" and name.form != "aes_inverse")
+    and not (name.operation == "rekey" and (name.bits > 128 or name.form == "aes_inverse"))
 ]
 each_kernel = pytest.mark.parametrize("name", NAMES, ids=str)
 
@@ -105,7 +106,8 @@ def test_key_stream_takes_as_many_aes_instructions_as_needed(name):
         assert rest == 0
         assert keys in ((2, 4) if name.operation == "rekey" else (1, 2))
     elif name.operation == "seal_keys":  # what of the two blocks nobody needs may be left out
-        assert counts.pop("aese") in range(2 * ROUNDS[256] + KEY_SUBSTITUTIONS[256], 4 * ROUNDS[256] + KEY_SUBSTITUTIONS[256])
+        blocks, rest = divmod(counts.pop("aese") - KEY_SUBSTITUTIONS[256], ROUNDS[256])
+        assert (blocks in (2, 3, 4), rest) == (True, 0)
         assert counts.pop("aesmc") > 0
         assert not any(counts.values())
     elif name.operation.startswith("expansion"):
@@ -367,7 +369,8 @@ def test_what_does_not_tell_of_data_is_let_through(lines):
 
 @pytest.mark.parametrize("operation", LISTS)
 def test_records_of_a_list_are_no_secret_and_what_they_point_to_is(operation):
-    lines = "f:; ldr x8, [x2]; add x9, x8, x10, lsl #6; str x9, [sp, #8]; ldr x9, [sp, #8]; ldp x10, x11, [x9, #40]; ldr x12, [x10]"
+    lines = "f:; ldr x8, [x2]; add x9, x8, x10, lsl #6; str x9, [sp, #8]; ldr x9, [sp, #8]"
+    lines += "; ldp x10, x11, [x9, #40]; ldr x12, [x10]"
     known = KernelName(operation, 256)
     assert not instructions_that_tell_of_data(known, instructions(lines.replace(";", "\n")))
     assert instructions_that_tell_of_data(known, instructions(f"{lines}; ldr x13, [x12]".replace(";", "\n")))

@@ -209,7 +209,9 @@ def test_what_a_kernel_locks_and_seals_at_once(tier, name, in_place):
         from_ = into if in_place else source[128 + other : 128 + other + nbytes]
         from_[:] = plain
         total = offset + nbytes + 33 * (i % 3)
-        kernel(place_of(into), place_of(from_), nbytes, offset, total - total % 16 if total > offset + nbytes else total)
+        kernel(
+            place_of(into), place_of(from_), nbytes, offset, total - total % 16 if total > offset + nbytes else total
+        )
         total = total - total % 16 if total > offset + nbytes else total
         assert np.array_equal(into, wanted), (nbytes, offset)
         assert kernel.tag == share(plain if name.direction == "unlock" else wanted, offset, total), (nbytes, offset)
@@ -372,7 +374,9 @@ def test_seals_of_some(schedule):
     """The format allows them: those that are there are compared."""
     tensors = some_tensors()
     header = lock_tensors(tensors, KEY, schedule=schedule)
-    records = {name: record._replace(seal=None) if name in ("w", "b") else record for name, record in header.tensors.items()}
+    records = {
+        name: record._replace(seal=None) if name in ("w", "b") else record for name, record in header.tensors.items()
+    }
     header = remade(header, records)
     words = r"^header: 2 of 5 tensors have no seal, as 'b'"
     refused(NotSealedError, words, tensors, verify_tensors, tensors, KEY, header)
@@ -479,7 +483,9 @@ def test_a_part_of_a_tensor_has_no_seal(schedule, name):
         assert alike == [i != 7 for i in range(start, stop)]
     altered = LockHeader(**{**vars(header), "mac": bytes(32)})
     for part in (tensors["w"][1:], tensors["w"]):
-        refused(TamperedHeaderError, "^header: ", tensors, unlock_tensor, part, KEY, altered, name, offset=300 - part.size)
+        refused(
+            TamperedHeaderError, "^header: ", tensors, unlock_tensor, part, KEY, altered, name, offset=300 - part.size
+        )
     refused(WrongKeyError, "^key: ", tensors, unlock_tensor, tensors["w"][1:], KEY[::-1], header, name, offset=1)
 
 
@@ -494,7 +500,13 @@ def altered_headers(header):
     yield {"tensors": {}}
     for name in header.tensors:
         yield {"tensors": {other: record for other, record in header.tensors.items() if other != name}}
-    yield {"tensors": {**header.tensors, "w": first._replace(seal=second.seal), "a.weight": second._replace(seal=first.seal)}}
+    yield {
+        "tensors": {
+            **header.tensors,
+            "w": first._replace(seal=second.seal),
+            "a.weight": second._replace(seal=first.seal),
+        }
+    }
     yield {"tensors": {**header.tensors, "w": first._replace(seal=None)}}
     yield {"tensors": {**header.tensors, "w": first._replace(nbytes=299)}}
     yield {"tensors": {**header.tensors, "one more": TensorRecord(0)}}
@@ -561,7 +573,9 @@ def failing(monkeypatch, owner, name, error, after=0):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("step", LOCKING)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_failure_at_any_step_of_a_lock_leaves_all_as_it_was(monkeypatch, small_pieces, schedule, step, threads, error):
+def test_a_failure_at_any_step_of_a_lock_leaves_all_as_it_was(
+    monkeypatch, small_pieces, schedule, step, threads, error
+):
     tensors = some_tensors({"a": 9000, "b": 1, "empty": 0, "c": 70_000})
     tensors["copy"] = tensors["c"]
     for after in range(3 if step == "a key to seal with" else 1):

@@ -109,7 +109,7 @@ class Regions:
         start = 8 + int.from_bytes(raw[:8], "little")
         self.raw, self.table = raw, raw[8:start]
         table = raw[:start]
-        (begin, end), = (match.span(1) for match in re.finditer(rb'"deeplock" *:"((?:[^"\\]|\\.)*)"', table))
+        ((begin, end),) = (match.span(1) for match in re.finditer(rb'"deeplock" *:"((?:[^"\\]|\\.)*)"', table))
         header = table[begin:end]
         self.of = dict.fromkeys(range(8), "length") | dict.fromkeys(range(start, len(raw)), "data")
         for region, pattern in [
@@ -162,7 +162,12 @@ def test_every_bit_of_a_locked_file(folder):
     for place, bit in itertools.product(range(len(raw)), range(8)):
         altered = raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :]
         wanted = regions.expected(place, bit)
-        assert errors_of_file(folder, altered) == [wanted] * 2, (place, bit, regions.of[place], altered[place - 20 : place + 20])
+        assert errors_of_file(folder, altered) == [wanted] * 2, (
+            place,
+            bit,
+            regions.of[place],
+            altered[place - 20 : place + 20],
+        )
         seen[wanted] += 1
     assert set(seen) == {
         ContainerError, HeaderError, NotLockedError, TamperedError, TamperedHeaderError, WrongKeyError
@@ -196,7 +201,7 @@ def expected_of_header(raw, place, new, lengths, names):
 
 @pytest.mark.parametrize(("schedule", "independent"), [("counter", "bias|слой"), ("expansion", "слой")])
 def test_every_bit_of_a_header(schedule, independent):
-    """Without a file. Of a tensor that another one was stored with, and of one that lies before another, lengths have to fit."""
+    """Without a file. Lengths have to fit: of tensors that shared their storage, and of one that lies before another."""
     tensors = {"w": painted(24), "bias": painted(3), "слой": painted(12, 50)}
     tensors["copy"] = tensors["w"]
     header = lock_tensors(tensors, KEY, schedule=schedule)
@@ -329,7 +334,8 @@ CHANGES = {
     "a newer version": (with_header(lambda header, _: header.update(format="deeplock/2")), HeaderError),
     "another spelling of the version": (with_header(lambda header, _: header.update(format="deeplock/1.0")), HeaderError),
     "a tensor locked as another": (
-        with_header(lambda header, _: header["tensors"].update(bias={"bytes": 12, "same_as": "слой"})), TamperedHeaderError
+        with_header(lambda header, _: header["tensors"].update(bias={"bytes": 12, "same_as": "слой"})),
+        TamperedHeaderError,
     ),
     "a tensor out of the header": (with_header(lambda header, _: header["tensors"].pop("w")), TamperedHeaderError),
     "a number with a point": (with_header(lambda header, _: header["tensors"]["w"].update(bytes=24.0)), HeaderError),

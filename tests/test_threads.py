@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import support
-from processes import run
+from processes import Process, run
 
 import deeplock_kernels as deeplock
 from deeplock_kernels import transform
@@ -638,6 +638,52 @@ threading.Thread.start = refused
     found = json.loads(run(program, json.dumps(["lock", "counter", 2, "many", bursts, "alarm", 30])))
     assert found.pop("changed") <= (3 if sys.version_info < (3, 11) else 0)
     assert found == {"lost": 0, "half": 0, "running": 0, "wrong": 0, "reached": 30}
+
+
+SEALED = INTERRUPT + """
+kind, threads, many, bursts, wanted = json.loads(sys.argv[1])
+if not many:
+    transform._SMALLEST_JOB, transform._SMALLEST_PIECE, transform._LARGEST_PIECE = 500, 100, 1000
+size = 200 * tiers.active_tier().pace
+plain = (np.arange(size) % 251).astype(np.uint8)
+tensors = {"large": plain.copy(), "small": plain[:77].copy()}
+key = bytes(range(32))
+work = lambda: deeplock.lock_tensors(tensors, key, schedule=kind, threads=threads)
+def again():
+    for tensor in tensors.values():
+        tensor[:] = plain[: tensor.size]
+for _ in range(2):  # all kernels loaded
+    deeplock.unlock_tensors(tensors, key, work(), threads=threads)
+duration = seconds(work)
+found = dict.fromkeys(["changed", "running", "wrong"], 0)
+for moment in moments(wanted):
+    again()
+    if interrupted(work, moment * duration, duration * (0.1 + moment / 4) if bursts else 0):
+        reached += 1
+        found["changed"] += any(not np.array_equal(tensor, plain[: tensor.size]) for tensor in tensors.values())
+    for tensor in tensors.values():
+        tensor.fill(0x5A)
+    time.sleep(0.001)
+    found["running"] += not all((tensor == 0x5A).all() for tensor in tensors.values())
+again()
+header = work()
+deeplock.verify_tensors(tensors, key, header)
+deeplock.unlock_tensors(tensors, key, header)
+found["wrong"] = not np.array_equal(tensors["large"], plain)
+print(json.dumps(found | {"reached": reached}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "threads", "many", "bursts"),
+    [("counter", 1, False, False), ("counter", 2, True, False), ("counter", 2, True, True), ("expansion", 2, True, True)],
+)
+def test_ctrl_c_at_any_moment_of_a_sealed_lock_leaves_all_as_it_was(kind, threads, many, bursts):
+    """Also while the seals are collected, and while the header is made. When that is there, a few steps are left."""
+    process = Process(SEALED, json.dumps([kind, threads, many, bursts, 40]))
+    found = json.loads(process.finish(errors=None))  # Python says so where it could not raise KeyboardInterrupt
+    assert found.pop("changed") <= (3 if sys.version_info < (3, 11) else 1)
+    assert found == {"running": 0, "wrong": False, "reached": 40}
 
 
 def test_ctrl_c_into_other_memory_leaves_the_source_and_no_thread_at_work():
