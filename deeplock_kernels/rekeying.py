@@ -149,13 +149,23 @@ def rekey_tensors(
     old, storages, count = take_up(tensors, old_key, header, sbox=sbox, threads=threads)
     new = NamedLock.new(new_key, header.schedule if schedule is None else schedule, old.box)
     new.cover({name: (block.nbytes, same_as) for name, (block, same_as) in storages.items()})
-    with old, new:
-        old.expect(old.seals(sealed_ranges(old, storages), count))
-        buffers.note_written(*(tensors[name] for name in header.tensors))
-        ranges = ranges_of(storages, empty=seal)
-        return rekey_ranges(
-            old, new, ranges, count, seal=seal, then=lambda seals: new.prove(seals if seal else None)
-        )
+    ranges, proved = ranges_of(storages, empty=seal), None
+    try:
+        with old, new:
+            old.expect(old.seals(sealed_ranges(old, storages), count))
+            buffers.note_written(*(tensors[name] for name in header.tensors))
+            proved = rekey_ranges(
+                old, new, ranges, count, seal=seal, then=lambda seals: new.prove(seals if seal else None)
+            )
+    except BaseException:
+        if proved is not None:  # interrupted while the keys were wiped: nobody else will ever have this header
+            with (
+                NamedLock.from_header(old_key, header, check=False, sbox=old.box) as before,
+                NamedLock.from_header(new_key, proved, check=False, sbox=old.box) as after,
+            ):
+                rekey_ranges(after, before, ranges, count, seal=False, then=lambda _seals: None)
+        raise
+    return proved
 
 
 def rekey_ranges(

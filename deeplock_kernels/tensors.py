@@ -82,9 +82,16 @@ def lock_tensors(
     storages = _storages(tensors, chosen)
     lock.cover({name: (block.nbytes, same_as) for name, (block, same_as) in storages.items()})
     buffers.note_written(*(tensors[name] for name in chosen))
-    with lock:
-        ranges = ranges_of(storages, empty=seal)
-        return lock.lock(ranges, count, seal=seal, then=lambda seals: lock.prove(seals if seal else None))
+    ranges, header = ranges_of(storages, empty=seal), None
+    try:
+        with lock:
+            header = lock.lock(ranges, count, seal=seal, then=lambda seals: lock.prove(seals if seal else None))
+    except BaseException:
+        if header is not None:  # interrupted while the keys were wiped: nobody else will ever have this header
+            with NamedLock.from_header(key, header, check=False, sbox=lock.box) as again:
+                again.unlock(ranges, count)
+        raise
+    return header
 
 
 def unlock_tensors(

@@ -645,6 +645,26 @@ def test_an_exception_at_any_moment_of_a_lock_leaves_all_as_it_was(request, sche
     assert bytes_of(tensors) == plain
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before it wipes", "after"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_interrupted_while_keys_are_wiped_all_is_as_it_was(monkeypatch, schedule, after):
+    """The tensors are locked by then, and only the header that nobody would get could unlock them."""
+    tensors, original, states = some_tensors(), NamedLock.__exit__, []
+    plain = bytes_of(tensors)
+
+    def interrupted(self, *error):
+        if not states:
+            states.append(bytes_of(tensors))
+            if after:
+                original(self, *error)
+            raise KeyboardInterrupt
+        original(self, *error)
+
+    monkeypatch.setattr(NamedLock, "__exit__", interrupted)
+    refused(KeyboardInterrupt, None, tensors, lock_tensors, tensors, KEY, schedule=schedule)
+    assert states[0] != plain
+
+
 @pytest.mark.parametrize("interruptions", [1, 2, 10])
 def test_what_is_taken_back_is_taken_back_once_whatever_comes_meanwhile(interruptions):
     """Exceptions come while the call that undoes is asked for, which is before it runs."""

@@ -679,10 +679,11 @@ print(json.dumps(found | {"reached": reached}))
     [("counter", 1, False, False), ("counter", 2, True, False), ("counter", 2, True, True), ("expansion", 2, True, True)],
 )
 def test_ctrl_c_at_any_moment_of_a_sealed_lock_leaves_all_as_it_was(kind, threads, many, bursts):
-    """Also while the seals are collected, and while the header is made. When that is there, a few steps are left."""
+    """Also while the seals are collected, while the header is made, and while the keys are wiped."""
     process = Process(SEALED, json.dumps([kind, threads, many, bursts, 40]))
     found = json.loads(process.finish(errors=None))  # Python says so where it could not raise KeyboardInterrupt
-    assert found.pop("changed") <= (3 if sys.version_info < (3, 11) else 1)
+    # A second one can come while the wiping that the first one broke off is being made up for.
+    assert found.pop("changed") <= (3 if sys.version_info < (3, 11) or bursts else 0)
     assert found == {"running": 0, "wrong": False, "reached": 40}
 
 
