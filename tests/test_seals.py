@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import sys
@@ -632,6 +633,9 @@ def test_an_exception_at_any_moment_of_a_lock_leaves_all_as_it_was(request, sche
             sys.setprofile(None)
 
     lock_tensors(some_tensors(), KEY, schedule=schedule)  # all kernels loaded
+    gc.collect()
+    request.addfinalizer(gc.enable)
+    gc.disable()  # what others have it call cannot raise
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(NamedLock, "lock", watched)
         while not over:
