@@ -12,7 +12,6 @@ from fuzz import CASES, TARGETS, container, differential, stored, target
 from deeplock_kernels import cli, header, locking, reference, tensors
 from deeplock_kernels.checkpoints import streaming as checkpoints
 from deeplock_kernels.checkpoints.formats import safetensors as format_of_safetensors
-from deeplock_kernels.checkpoints.formats import safetensors_table as parser
 from deeplock_kernels.errors import ContainerError, HeaderError, WrongKeyError
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.keys import MasterKey
