@@ -58,7 +58,7 @@ def test_what_is_timed_is_the_kernel_on_the_input(tier, question, monkeypatch):
     (operation, *_), secret = name, secret = timing.QUESTIONS[question]
     records = []
     monkeypatch.setattr(
-        timing, "kernel", lambda tier, asked: asked == name and records.append((tier, asked)) or records.append
+        timing, "kernel", lambda tier, asked: (asked == name and records.append((tier, asked))) or records.append
     )
     subject = timing._kernel(tier, name, secret)
     assert (tier, name) in records
