@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)"
     )
 
-    locker = command("lock", _lock, "lock a safetensors file")
+    locker = command("lock", _lock, "lock a safetensors, npy, npz, GGUF or ONNX file")
     _add_files(locker)
     locker.add_argument(
         "--schedule",
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     rekeyer.add_argument("--new-key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
-    verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
+    verifier.add_argument("file", metavar="FILE", help="the locked file; it is only read")
     _add_key(verifier)
 
     inspect = command("inspect", _inspect, "show what a file holds and what of it is locked; needs no key")
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN", help="the safetensors file to read")
+    parser.add_argument("input", metavar="IN", help="the file to read")
     parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
     _add_key(parser)
 
@@ -321,14 +321,15 @@ def _verify(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.streaming import read_layout
+    from deeplock_kernels.checkpoints.streaming import opened
     from deeplock_kernels.header import LockHeader
 
-    layout = read_layout(arguments.file)
+    with opened(arguments.file, "path") as model:
+        kind, layout = model.format.name, model.layout
     header = None if layout.header is None else LockHeader.from_json(layout.header)
     nbytes = sum(tensor.nbytes for tensor in layout.tensors.values())
     yield (
-        f"{arguments.file}: {len(layout.tensors)} tensors, {nbytes:,} bytes, "
+        f"{arguments.file}: {kind}, {len(layout.tensors)} tensors, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:

@@ -20,6 +20,7 @@ __all__ = [
     "KeyFormatError",
     "KeyTypeError",
     "KeyWipedError",
+    "MissingLibraryError",
     "NotLockedError",
     "NotSealedError",
     "OverlapError",
@@ -111,7 +112,7 @@ class HeaderError(DeepLockError, ValueError):
 
 
 class ContainerError(DeepLockError, ValueError):
-    """A file is not a well-formed safetensors file: it is truncated, inconsistent or hostile."""
+    """A file is not a well-formed file of its format, or is one that cannot be locked: the message says why."""
 
 
 class AlreadyLockedError(DeepLockError, ValueError):
@@ -144,6 +145,10 @@ class SelfTestError(DeepLockError, RuntimeError):
 
 class KernelError(DeepLockError, RuntimeError):
     """A kernel could not be compiled or loaded."""
+
+
+class MissingLibraryError(DeepLockError, ImportError):
+    """An optional library is not installed: the message names the extra of this package that brings it."""
 
 
 def shown(value: object) -> str:

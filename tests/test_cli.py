@@ -551,7 +551,7 @@ def test_inspect_of_a_plain_file(folder, run):
     code, out, err = run("inspect", "plain")
     assert (code, err) == (0, "")
     first, *rows = out.splitlines()
-    assert first == "plain: 3 tensors, 3,162 bytes, not locked"
+    assert first == "plain: safetensors, 3 tensors, 3,162 bytes, not locked"
     assert [row.split() for row in rows] == [
         ["'a.bias'", "F32", "[40]", "160", "bytes", "plain"],
         ["'b'", "F16", "[]", "2", "bytes", "plain"],
@@ -565,7 +565,7 @@ def test_inspect_of_a_locked_file(folder, run, schedule):
         header = lock_file("plain", "locked", KEY, schedule=schedule, sbox=sbox, only=["a.weight", "b"])
         code, out, err = run("inspect", "locked")
         assert (code, err) == (0, "")
-        assert out.startswith("locked: 3 tensors, 3,162 bytes, locked\nformat deeplock/1, schedule ")
+        assert out.startswith("locked: safetensors, 3 tensors, 3,162 bytes, locked\nformat deeplock/1, schedule ")
         assert f"schedule {schedule}, S-Box {shown}" in out
         assert "key of 256 bits" in out
         assert ("warning: one known block of weights gives away the key" in out) == (schedule == "expansion")
@@ -593,7 +593,7 @@ def test_inspect_shows_names_that_would_move_the_cursor_escaped(folder, run):
 
 def test_inspect_of_no_tensors(folder, run):
     safetensors.numpy.save_file({}, "none")
-    assert run("inspect", "none") == (0, "none: 0 tensors, 0 bytes, not locked\n", "")
+    assert run("inspect", "none") == (0, "none: safetensors, 0 tensors, 0 bytes, not locked\n", "")
 
 
 def test_tiers(run):

@@ -24,7 +24,13 @@ import numpy as np
 
 from deeplock_kernels.checkpoints.formats import recognise
 from deeplock_kernels.checkpoints.formats.base import Edit, Format, Layout, TensorEntry
-from deeplock_kernels.errors import AlreadyLockedError, ContainerError, HeaderError, NotLockedError
+from deeplock_kernels.errors import (
+    AlreadyLockedError,
+    ContainerError,
+    HeaderError,
+    NotLockedError,
+    SameFileError,
+)
 from deeplock_kernels.files import atomic_output, check_distinct, check_regular, file_errors, path_text
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.locking import find_sbox
@@ -57,7 +63,7 @@ def lock_file(
 
     The new file is a valid file of its format that any software loads, and computes nonsense with. It has one more
     entry, the lock header (in a safetensors file `deeplock` of the metadata); nothing else changes. It takes `dst`'s
-    place when it is complete and on the disk.
+    place when it is complete and on the disk. Data files of an ONNX model come to lie beside `dst`, under their names.
 
     Parameters
     ----------
@@ -373,7 +379,18 @@ def opened(path: Path, argument: str = "src") -> Iterator[Model]:
         companions = [
             stack.enter_context(_opened(beside(text, companion), companion)) for companion in layout.companions
         ]
+        for file in companions:
+            _check_size(layout, file)
         yield Model(known, layout, (main, *companions))
+
+
+def _check_size(layout: Layout, companion: OpenedFile) -> None:
+    for tensor in _entries(layout, companion.companion):
+        if tensor.stop > companion.size:
+            raise ContainerError(
+                f"{companion.path}: got {companion.size} bytes, accepted are at least {tensor.stop}, where "
+                f"{tensor.name!a} of {layout.source} ends; it is cut short or belongs to another file"
+            )
 
 
 def beside(path: str, companion: str) -> str:
@@ -486,8 +503,7 @@ def _write(
     outputs = []
     with ExitStack() as stack:
         for file in model.files:
-            path = beside(text, file.companion) if file.companion else text
-            check_distinct(file.path, path)
+            path = _target(text, file)
             grown = 0 if file.companion else sum(len(edit.data) - (edit.stop - edit.start) for edit in edits)
             # The main file is the first one in, and so the last one to appear.
             outputs.append(stack.enter_context(atomic_output(path, size_hint=file.size + grown)))
@@ -504,6 +520,23 @@ def _write(
             outputs[0].seek(edit.start + shift)
             outputs[0].write(edit.data)
             shift += len(edit.data) - (edit.stop - edit.start)
+
+
+def _target(dst: str, file: OpenedFile) -> str:
+    """Give the path of a new file, which is neither that of the source nor of another new one."""
+    if not file.companion:
+        check_distinct(file.path, dst)
+        return dst
+    path = beside(dst, file.companion)
+    try:
+        check_distinct(file.path, path)
+        check_distinct(path, dst)
+    except SameFileError:
+        raise SameFileError(
+            f"dst: got {dst}, beside which {file.companion} would take another file's place; accepted is the path of "
+            "a file in another directory; the data files keep their names"
+        ) from None
+    return path
 
 
 def _stream(
