@@ -164,8 +164,9 @@ def _read_info(scanner: Scanner, order: ByteOrder, types: Any, alignment: int) -
         known = "those of the gguf library are accepted; a newer one may know it"
         raise scanner.error(f"{what}: got the type {number}", known)
     elements, nbytes = types[kind]
-    if math.prod(shape[:1]) % elements:
-        raise scanner.error(f"{what}: got {shape[0]} as its first length", f"multiples of {elements} are accepted")
+    first = math.prod(shape[:1])
+    if first % elements:
+        raise scanner.error(f"{what}: got {first} as its first length", f"multiples of {elements} are accepted")
     if start % alignment:
         raise scanner.error(f"{what}: got the offset {start}", f"multiples of {alignment} are accepted")
     stop = start + math.prod(shape) // elements * nbytes

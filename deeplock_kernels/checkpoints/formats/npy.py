@@ -99,6 +99,8 @@ def read_array(scanner: Scanner) -> Array:
         dtype: np.dtype[Any] = descr_to_dtype(fields["descr"])
     except Exception:  # NumPy has no one class for what is no dtype
         raise scanner.error("got another descr", "those of NumPy's dtypes are accepted") from None
+    if dtype.subdtype is not None:
+        raise scanner.error("got an array as its dtype", "numbers and fields are accepted")
     if dtype.hasobject:
         raise scanner.error(
             "got an array of Python objects, which is a pickle", "numbers are accepted; keep objects elsewhere"

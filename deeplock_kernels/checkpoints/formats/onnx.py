@@ -72,17 +72,14 @@ class Onnx:
     def read(self, file: BinaryIO, size: int, source: str) -> Layout:
         """Read the model without the data of its tensors."""
         skeleton = read_skeleton(file, size, source)
-        try:
-            tensors, companions = _tensors(skeleton.model, source)
-            keys = [entry.key for entry in skeleton.model.metadata_props]
-            values = [entry.value for entry in skeleton.model.metadata_props]
-        except UnicodeDecodeError:
-            raise refusal(source, "got a name that is no UTF-8", "UTF-8 is accepted", HINT) from None
+        tensors, companions = _tensors(skeleton.model, source)
+        keys = [entry.key for entry in skeleton.model.metadata_props]
         if keys.count(KEY) > 1:
             raise refusal(source, f"got {KEY} twice in its metadata_props", "once is accepted", HINT)
         header, own = None, (size, size)
         if KEY in keys:
-            header, own = values[keys.index(KEY)], skeleton.metadata[keys.index(KEY)]
+            place = keys.index(KEY)
+            header, own = skeleton.model.metadata_props[place].value, skeleton.metadata[place]
         found = in_order(tensors, size, source, HINT)
         proved = proof(file, size, found, [own])
         return Layout(source, size, found, header, proved, companions=companions, detail=own)
@@ -161,7 +158,7 @@ def _location(tensor: Any, what: str, source: str) -> str:
     """Give the file that a tensor lies in; whether that may be read is checked where it is opened."""
     keys = [entry.key for entry in tensor.external_data]
     values = [entry.value for entry in tensor.external_data if entry.key == "location"]
-    if len(set(keys)) != len(keys) or not values or place_of(tensor) is not None:
+    if len(set(keys)) != len(keys) or not any(values) or place_of(tensor) is not None:
         got = f"{what}: got external data without one location, or data inside as well"
         raise refusal(source, got, "one place is accepted", HINT)
     location = str(PurePosixPath(values[0]))

@@ -136,7 +136,10 @@ class _Reader:
                 content = self.message(inner, end, depth + 1)
             else:
                 self._count(length)
+                string = field is not None and field.type == field.TYPE_STRING
                 content = scanner.take(length, "a field")
+                if string and not _is_text(content):  # the library would give bytes in place of a str
+                    raise scanner.error(f"got a {field.name} that is no UTF-8", "UTF-8 text is accepted")
             parts += (_varint(tag), _varint(len(content)), content)
             self._count(8)
             if name == _MODEL and number == _METADATA:
@@ -172,6 +175,14 @@ class _Reader:
         if self._copied > MAX_SKELETON_BYTES:
             got = f"got more than {MAX_SKELETON_BYTES} bytes beside the data of tensors"
             raise self._scanner.error(got, "fewer are accepted")
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _repeated(field: Any) -> bool:

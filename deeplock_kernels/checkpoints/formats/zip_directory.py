@@ -33,6 +33,7 @@ _LOCATOR = struct.Struct("<4sIQI")
 _LOCATOR_START = b"PK\6\7"
 _ZIP64 = 1  # the number of the extra field with large numbers
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # in place of what is in the extra field or the other end
+_FAR = _FULL32  # a place that has to be in the extra field
 _UTF8 = 0x800
 _ENCRYPTED, _STREAMED = 0x1, 0x8
 
@@ -116,13 +117,13 @@ def versions(directory: Directory) -> int:
 def new_member(name: str, data: bytes, local: int) -> tuple[bytes, bytes]:
     """Give a stored member that begins at `local`: its record with the data, and its entry of the directory."""
     encoded, size, checksum = name.encode(), len(data), zlib.crc32(data)
-    extra = b"" if local < _FULL32 else struct.pack("<2HQ", _ZIP64, 8, local)
+    extra = b"" if local < _FAR else struct.pack("<2HQ", _ZIP64, 8, local)
     version, system = 45 if extra else 20, 3 << 8  # Unix
     date, mode = 1 << 5 | 1, 0o600 << 16  # 1980-01-01: no time is told
     common = (0, 0, 0, date, checksum, size, size, len(encoded))
     record = _LOCAL.pack(_LOCAL_START, version, *common, 0) + encoded + data
     entry = _ENTRY.pack(
-        _ENTRY_START, system | version, version, *common, len(extra), 0, 0, 0, mode, min(local, _FULL32)
+        _ENTRY_START, system | version, version, *common, len(extra), 0, 0, 0, mode, _FULL32 if extra else local
     )
     return record, entry + encoded + extra
 
