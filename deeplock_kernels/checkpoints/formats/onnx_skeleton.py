@@ -24,6 +24,7 @@ _DEEPEST = 100  # messages in each other, as protobuf itself has it
 _TENSOR, _MODEL = "onnx.TensorProto", "onnx.ModelProto"
 _DATA = {4: "float_data", 9: "raw_data", 10: "double_data"}  # of a tensor
 _RAW_DATA, _METADATA = 9, 14
+_DATA_NBYTES = {4: 4, 9: 1, 10: 8}  # of one number there
 _PLACE = struct.Struct("<BQQ")
 
 
@@ -129,6 +130,8 @@ class _Reader:
                     raise scanner.error(f"got {field.name} twice in one message", "once is accepted")
                 seen.add(once)
             if data:
+                if length % _DATA_NBYTES[number]:
+                    raise scanner.error(f"got half a number in {field.name}", "whole ones are accepted")
                 content = _PLACE.pack(number, scanner.at, end)
                 scanner.skip(length, field.name)
                 tag = _RAW_DATA << 3 | _BYTES
