@@ -8,6 +8,7 @@ import zipfile
 import gguf
 import numpy as np
 import onnx
+import pytest
 import safetensors
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
@@ -33,6 +34,15 @@ def arrays_file(directory):
     np.savez(path, **weights, scalar=np.array(7), empty=np.zeros((0, 3)), half=floats(9).astype(np.float16))
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("note.txt", "no array")
+    return path
+
+
+def large_arrays_file(directory):
+    """The same in the manner of files of more than 2 GiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile, "ZIP64_LIMIT", 300)
+        path = arrays_file(directory)
+    assert path.read_bytes()[-42:-38] == b"PK\6\7"
     return path
 
 
@@ -96,6 +106,7 @@ FILES = {
     "npy, a scalar": array_file(np.array(1.5)),
     "npy, empty": array_file(np.zeros((3, 0, 2))),
     "npz": arrays_file,
+    "npz, large": large_arrays_file,
     "gguf": quantised_file("little"),
     "gguf, big-endian": quantised_file("big", alignment=64),
     "onnx": network_file,

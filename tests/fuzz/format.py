@@ -167,10 +167,10 @@ def _seen_by_gguf(layout: Layout, data: bytes) -> None:
 
 def _seen_by_onnx(layout: Layout, data: bytes) -> None:
     model = onnx.ModelProto.FromString(data)
-    theirs = {tensor.name: tensor for tensor in reversed(model.graph.initializer)}
     for name, tensor in layout.tensors.items():
-        if name in theirs and theirs[name].HasField("raw_data") and not tensor.companion:
-            assert theirs[name].raw_data == data[tensor.start : tensor.stop]
+        theirs = [one for one in model.graph.initializer if one.name == name]
+        if theirs and all(one.HasField("raw_data") for one in theirs) and not tensor.companion:
+            assert data[tensor.start : tensor.stop] in [one.raw_data for one in theirs]
 
 
 _SEEN_BY: dict[str, Callable[[Layout, bytes], None]] = {

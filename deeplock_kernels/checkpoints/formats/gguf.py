@@ -63,7 +63,7 @@ class Gguf:
         tensors = [dataclasses.replace(info, start=begin + info.start, stop=begin + info.stop) for info in infos]
         found = in_order(tensors, size, source, _HINT)
         own = [_COUNT, (table.own_start, table.own_stop)]
-        proved = proof(file, size, found, own, metadata=table.others)
+        proved = proof(file, size, found, own)
         return Layout(source, size, found, table.header, proved, detail=table)
 
     def edits(self, layout: Layout, header: str | None, _checksums: Sequence[int]) -> list[Edit]:

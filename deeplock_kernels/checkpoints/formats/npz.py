@@ -17,7 +17,7 @@ from deeplock_kernels.checkpoints.formats.zip_directory import (
     new_end,
     new_member,
     read_directory,
-    versions,
+    version_places,
 )
 
 ENTRY_NAME = "deeplock.json"
@@ -64,13 +64,15 @@ class Npz:
         file.seek(directory.start)
         entries = file.read(entries_stop - directory.start)
         checksums = [(place, place + 4) for array in arrays for place in array.checksum_places]
-        own_bytes = [*checksums, (stop, directory.start), (entries_stop, size)]
+        # Of the directory's end the numbers are those that follow from the rest, the versions are not.
+        versions = version_places(directory)
+        own_bytes = [*checksums, (stop, directory.start), (entries_stop, versions[0]), (versions[1], size)]
         return Layout(
             source,
             size,
             tensors,
             header,
-            proof(file, size, tensors, own_bytes, members=len(members), zip64=versions(directory)),
+            proof(file, size, tensors, own_bytes),
             checksums=[(array.start, array.stop) for array in arrays],
             detail=_Detail(arrays, directory, entries, len(members), stop),
         )

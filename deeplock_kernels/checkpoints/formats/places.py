@@ -48,7 +48,7 @@ def in_order(tensors: Iterable[TensorEntry], size: int, source: str, hint: str) 
 
 
 def proof(
-    file: BinaryIO, size: int, tensors: Mapping[str, TensorEntry], own: Iterable[tuple[int, int]], **facts: int
+    file: BinaryIO, size: int, tensors: Mapping[str, TensorEntry], own: Iterable[tuple[int, int]]
 ) -> str:
     """Give what the mac covers of a file: all bytes of the main file but those of tensors, and the tensors' table.
 
@@ -56,8 +56,6 @@ def proof(
     ----------
     own
         Ranges that differ between the locked file and the unlocked one: not covered.
-    facts
-        What else the format wants covered.
 
     Returns
     -------
@@ -76,5 +74,5 @@ def proof(
             position += len(chunk)
         position = max(position, stop)
     table = {tensor.name: [tensor.dtype, list(tensor.shape), tensor.nbytes] for tensor in tensors.values()}
-    covered = {"others": digest.hexdigest(), "tensors": table, **facts}
+    covered = {"others": digest.hexdigest(), "tensors": table}
     return json.dumps(covered, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -109,9 +109,9 @@ def read_directory(file: BinaryIO, size: int, source: str) -> Directory:
     return Directory(members, start, stop, zip64, end)
 
 
-def versions(directory: Directory) -> int:
-    """Give the versions that the record of ZIP64 names, as one number; 0 where there is none."""
-    return int.from_bytes(directory.zip64[12:16], "little")
+def version_places(directory: Directory) -> tuple[int, int]:
+    """Give the range of the versions that the record of ZIP64 names; an empty one where there is none."""
+    return (directory.stop + 12, directory.stop + 16) if directory.zip64 else (directory.stop, directory.stop)
 
 
 def new_member(name: str, data: bytes, local: int) -> tuple[bytes, bytes]:
