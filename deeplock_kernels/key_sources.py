@@ -43,7 +43,7 @@ def key_from_environment(name: str) -> MasterKey:
     if not isinstance(name, str) or not name or "=" in name or "\0" in name:
         raise ParameterError(f"name: got {shown(name)}, accepted is the name of an environment variable")
     if name not in os.environ:
-        raise KeySourceError(f"name: got {shown(name)}, which is no variable of the environment; export it first")
+        raise KeySourceError(f"the environment variable {shown(name)}: it is not set; export it first")
     secret = key_in_line(Hidden(os.fsencode(os.environ[name])))
     if secret is None:
         raise KeyFormatError(f"the environment variable {shown(name)}: it holds no key; {_ACCEPTED}")
