@@ -106,6 +106,8 @@ class Passphrase:
         ------
         WrongKeyError
             `scrypt` is None: the lock is one of a key, not of a passphrase.
+        KeyTypeError
+            It is something else.
         KeyWipedError
             After `wipe()`.
         ParameterError
@@ -113,6 +115,8 @@ class Passphrase:
         """
         if scrypt is None:
             raise WrongKeyError("key: got a passphrase, but a key made this, which is in a key file or the like")
+        if not isinstance(scrypt, Scrypt):
+            raise KeyTypeError(f"scrypt: got {type(scrypt).__name__}, accepted is the `passphrase` of a lock's header")
         if not self._bytes:
             raise KeyWipedError("key: got a Passphrase that was wiped; make it again from its source")
         n, r, p, salt = scrypt
@@ -124,7 +128,7 @@ class Passphrase:
                     )
                 )
             )
-        except (ValueError, OverflowError):
+        except (ValueError, TypeError):  # the latter for what is no C integer
             failed = f"scrypt: it cannot be computed with n={n}, r={r}, p={p}; it takes {128 * r * n:,} bytes of memory"
         raise ParameterError(failed)
 

@@ -37,7 +37,10 @@ from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
 from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES
 
-COMMANDS = ("keygen", "lock", "unlock", "rekey", "verify", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
+COMMANDS = (
+    *("keygen", "lock", "unlock", "rekey", "verify", "wrap-key", "rewrap-key"),
+    *("inspect", "tiers", "sboxes", "warmup", "bench", "demo"),
+)
 KEY, OTHER_KEY = KEYS[256], KEYS[256][::-1]
 
 
@@ -108,18 +111,22 @@ def test_help(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     for command in COMMANDS:
-        assert re.search(rf"^ +{command} +\w", out, re.MULTILINE), command
+        assert re.search(rf"^ +{command}\s+\w", out, re.MULTILINE), command
     assert "exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 4 altered, 130 interrupted" in " ".join(
         out.split()
     )
 
 
+SOURCES = "--key --key-env --key-command --passphrase --passphrase-file"
+NEW_SOURCES = SOURCES.replace("--", "--new-")
 OPTIONS = {
     "keygen": "KEYFILE --bits",
-    "lock": "IN OUT --key --threads --schedule --sbox --only --no-seal",
-    "unlock": "IN OUT --key --threads",
-    "rekey": "IN OUT --key --new-key --threads",
-    "verify": "FILE --key --threads",
+    "lock": f"IN OUT {SOURCES} --wrapped-key --threads --schedule --sbox --only --no-seal",
+    "unlock": f"IN OUT {SOURCES} --wrapped-key --threads",
+    "rekey": f"IN OUT {SOURCES} --wrapped-key {NEW_SOURCES} --new-wrapped-key --threads",
+    "verify": f"FILE {SOURCES} --wrapped-key --threads",
+    "wrap-key": f"WRAPPED {SOURCES} --bits",
+    "rewrap-key": f"WRAPPED OUT {SOURCES} {NEW_SOURCES}",
     "inspect": "FILE",
     "tiers": "",
     "sboxes": "",
