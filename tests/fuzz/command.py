@@ -29,14 +29,16 @@ from deeplock_kernels.checkpoints.container import entry, read_table
 from deeplock_kernels.checkpoints.safetensors import lock_file
 from deeplock_kernels.keys import MasterKey
 
-COMMANDS = ["keygen", "lock", "unlock", "verify", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]
+COMMANDS = ["keygen", "lock", "unlock", "verify", "wrap-key", "rewrap-key", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]
 OPTIONS = [
     "--key", "--threads", "--schedule", "--sbox", "--only", "--bits", "--size", "--rounds",
     "--tier", "--into", "--no-seal", "--quick", "--help", "--version", "--",
+    "--passphrase-file", "--wrapped-key", "--new-key",
 ]  # fmt: skip
 NAMES = [
     "plain", "locked", "expansion", "unsealed", "altered", "cut", "key", "other.key", "short.key", "empty", "folder",
     "folder/plain", "link", "dangling", "circle", "given", "new", "folder/new", "missing/new", ".",
+    "wrapped", "passphrase",
 ]  # fmt: skip
 VALUES = [
     "1", "2", "0", "-1", "64KiB", "2GiB", "٣", "128", "192", "256", "counter", "expansion", "aes",
