@@ -265,10 +265,10 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
-    from deeplock_kernels.checkpoints.container import read_table
+    from deeplock_kernels.checkpoints.streaming import data_bytes
 
     try:
-        total: int | None = read_table(path).data_bytes
+        total: int | None = data_bytes(path)
     except DeepLockError:  # said when the work begins
         total = None
     with tqdm(
@@ -353,7 +353,7 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import lock_file
+    from deeplock_kernels.checkpoints.streaming import lock_file
 
     with _key(arguments, twice=True) as key, _progress(arguments.input, "locking") as progress:
         _spare_key_files(arguments)
@@ -374,7 +374,7 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import unlock_file
+    from deeplock_kernels.checkpoints.streaming import unlock_file
 
     with _key(arguments) as key, _progress(arguments.input, "unlocking") as progress:
         _spare_key_files(arguments)
@@ -383,7 +383,7 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import rekey_file
+    from deeplock_kernels.checkpoints.streaming import rekey_file
 
     with (
         _key(arguments) as key,
@@ -398,7 +398,7 @@ def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import verify_file
+    from deeplock_kernels.checkpoints.streaming import verify_file
 
     with _key(arguments) as key, _progress(arguments.file, "verifying") as progress:
         header = verify_file(arguments.file, key, threads=arguments.threads, progress=progress)
@@ -423,15 +423,14 @@ def _rewrap_key(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.container import entry, read_table
+    from deeplock_kernels.checkpoints.streaming import read_layout
     from deeplock_kernels.header import LockHeader
 
-    table = read_table(arguments.file)
-    text = entry(table)
-    header = None if text is None else LockHeader.from_json(text)
-    nbytes = sum(tensor.nbytes for tensor in table.tensors.values())
+    layout = read_layout(arguments.file)
+    header = None if layout.header is None else LockHeader.from_json(layout.header)
+    nbytes = sum(tensor.nbytes for tensor in layout.tensors.values())
     yield (
-        f"{arguments.file}: {len(table.tensors)} tensors, {nbytes:,} bytes, "
+        f"{arguments.file}: {len(layout.tensors)} tensors, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:
@@ -444,8 +443,8 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
             yield f"the key is made from a passphrase, by scrypt with n {n}, r {r}, p {p}"
         if header.schedule == "expansion":
             yield "warning: one known block of weights gives away the key of this schedule"
-    width = max((len(ascii(name)) for name in table.tensors), default=0)
-    for name, tensor in table.tensors.items():
+    width = max((len(ascii(name)) for name in layout.tensors), default=0)
+    for name, tensor in layout.tensors.items():
         record = header.tensors.get(name) if header is not None else None
         state = "plain" if record is None else "locked, sealed" if record.seal else "locked"
         yield (
