@@ -79,16 +79,15 @@ class Passphrase:
     def __init__(self, text: str, *, n: int = 1 << 17, r: int = 8, p: int = 1) -> None:
         if not isinstance(text, str):
             raise KeyTypeError(f"text: got {type(text).__name__}, accepted is a passphrase as a str")
-        for (name, accepted), value in zip(SCRYPT_COSTS.items(), (n, r, p), strict=True):
-            if type(value) is not int or value not in accepted:
-                raise ParameterError(f"{name}: got {shown(value)}, accepted are {', '.join(map(str, accepted))}")
-        secret = _encoded(text)
+        self._bytes, self._cost = _encoded(text), (n, r, p)
         del text  # a traceback would show it
-        if secret is None:
+        if not self._bytes:
             raise KeyFormatError(
                 "text: accepted is a passphrase of one character or more, without control characters such as a line end"
             )
-        self._bytes, self._cost = secret, (n, r, p)
+        for (name, accepted), value in zip(SCRYPT_COSTS.items(), self._cost, strict=True):
+            if type(value) is not int or value not in accepted:
+                raise ParameterError(f"{name}: got {shown(value)}, accepted are {', '.join(map(str, accepted))}")
 
     def new_scrypt(self) -> Scrypt:
         """Draw the salt for a new lock."""
@@ -162,8 +161,8 @@ class Passphrase:
 Key = PlainKey | Passphrase
 
 
-def _encoded(text: str) -> bytearray | None:
-    """Give the bytes that scrypt works on, or None if it is no passphrase."""
-    if not text or any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        return None
+def _encoded(text: str) -> bytearray:
+    """Give the bytes that scrypt works on, or none if it is no passphrase."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        return bytearray()
     return bytearray(unicodedata.normalize("NFC", text).encode())
