@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import threading
 import traceback
 import warnings
 
@@ -176,14 +177,14 @@ def test_a_file_that_others_can_read_is_warned_about(tmp_path, mode):
             assert found == []
 
 
-def test_a_pipe_is_no_file_of_others():
-    reading, writing = os.pipe()
-    os.write(writing, f"{DIGITS}\n".encode())
-    os.close(writing)
-    try:
-        assert key_bytes(MasterKey.from_file(f"/dev/fd/{reading}")) == KEY
-    finally:
-        os.close(reading)
+def test_a_pipe_is_no_file_of_others(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    pipe.chmod(0o644)
+    writer = threading.Thread(target=pipe.write_text, args=(f"{DIGITS}\n",))
+    writer.start()
+    assert key_bytes(MasterKey.from_file(pipe)) == KEY
+    writer.join()
 
 
 # Passphrases
