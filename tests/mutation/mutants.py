@@ -986,8 +986,8 @@ MUTANTS = (
         "rekey-key-file",
         "rekeying may write over the new key",
         "cli.py",
-        "for key_file in (arguments.key, arguments.new_key):",
-        "for key_file in (arguments.key,):",
+        'for new in ("", "new_"):',
+        'for new in ("",):',
         ("test_cli.py::test_a_command_that_fails[rekey onto the new key-new]",),
     ),
     Mutant(
