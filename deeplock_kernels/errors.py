@@ -12,6 +12,7 @@ __all__ = [
     "AlreadyLockedError",
     "BufferLayoutError",
     "BufferTypeError",
+    "ClosedFileError",
     "ContainerError",
     "DeepLockError",
     "FileAccessError",
@@ -20,6 +21,7 @@ __all__ = [
     "KeyFormatError",
     "KeyTypeError",
     "KeyWipedError",
+    "MissingLibraryError",
     "NotLockedError",
     "NotSealedError",
     "OverlapError",
@@ -31,6 +33,7 @@ __all__ = [
     "SizeMismatchError",
     "TamperedError",
     "TamperedHeaderError",
+    "TensorIndexError",
     "TensorNameError",
     "UnknownNameError",
     "UnsupportedTierError",
@@ -106,6 +109,14 @@ class TensorNameError(DeepLockError, KeyError, ValueError):
     __str__ = Exception.__str__
 
 
+class TensorIndexError(DeepLockError, IndexError, ValueError):
+    """What was asked for of a tensor is outside its shape, or no integer, slice, Ellipsis or None."""
+
+
+class ClosedFileError(DeepLockError, ValueError):
+    """A file of open_locked was used after its end: open it again."""
+
+
 class HeaderError(DeepLockError, ValueError):
     """A lock header is malformed or does not fit the tensors it is used with."""
 
@@ -144,6 +155,10 @@ class SelfTestError(DeepLockError, RuntimeError):
 
 class KernelError(DeepLockError, RuntimeError):
     """A kernel could not be compiled or loaded."""
+
+
+class MissingLibraryError(DeepLockError, ImportError):
+    """An optional library is not installed: the message names the extra of this package that brings it."""
 
 
 def shown(value: object) -> str:
