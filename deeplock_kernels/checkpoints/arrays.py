@@ -60,7 +60,8 @@ class Arrays:
     def __init__(self, framework: str, device: Any = None) -> None:
         if not isinstance(framework, str) or framework not in _FRAMEWORKS:
             raise UnknownNameError(f"framework: got {shown(framework)}, accepted are {', '.join(_FRAMEWORKS)}")
-        self._dtype, self._wrap = _FRAMEWORKS[framework](device)
+        self._make_dtype, self._wrap = _FRAMEWORKS[framework](device)
+        self._dtypes: dict[str, Any] = {}
 
     def dtype(self, name: str) -> Any:
         """Give the framework's dtype for one of a file.
@@ -70,7 +71,9 @@ class Arrays:
         BufferTypeError, MissingLibraryError
             It has none, or has it from a library that is not installed.
         """
-        return self._dtype("uint8" if DTYPE_BITS[name] % 8 else _NAMES[name])
+        if name not in self._dtypes:
+            self._dtypes[name] = self._make_dtype("uint8" if DTYPE_BITS[name] % 8 else _NAMES[name])
+        return self._dtypes[name]
 
     def wrap(self, data: Bytes, name: str, shape: Sequence[int]) -> Any:
         """Give an array of a file's dtype over these bytes."""

@@ -1,6 +1,7 @@
 """Load tensors straight from a locked safetensors file: all, some, or slices. No plain bytes reach the disk.
 
-The file is mapped and unlocked out of place, into the memory of the arrays that are returned.
+Whole tensors are unlocked out of the mapped file into the memory of the arrays that are returned. Parts are read into
+that memory and unlocked there.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from deeplock_kernels.errors import (
     shown,
 )
 from deeplock_kernels.files import file_errors
+from deeplock_kernels.locking import unlock
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
 from deeplock_kernels.pieces import Range
 from deeplock_kernels.runtime.pool import holding, resolve_threads
@@ -183,7 +185,8 @@ class LockedFile:
             if key is not None:
                 self._lock = stack.enter_context(NamedLock.from_header(key, header, check=check, sbox=sbox))
             self._layout, self._locked, self._file = model.layout, frozenset(header.tensors), model.files[0]
-            self._state = _state(self._file)
+            with file_errors(self._file.path, "read"):
+                self._state = _state(self._file)
             self._stack: ExitStack | None = stack.pop_all()
         _open_files.add(self)
 
@@ -286,8 +289,9 @@ class LockedFile:
         def guarded() -> _Result:
             if self._stack is None:
                 raise ClosedFileError(f"{self._layout.source}: it is closed; open it again with open_locked")
-            self._check_unchanged()
-            return work()
+            with file_errors(self._file.path, "read"):
+                self._check_unchanged()
+                return work()
 
         return holding(self._guard, guarded)
 
@@ -388,23 +392,28 @@ class LockedFile:
             for part, where in halves(ranges):
                 self._fill(out[where], tensor, part)
         elif runs.dense:
-            self._read(out.ctypes.data, tensor, runs)
+            self._read(out.reshape(-1).view(np.uint8), tensor, runs)
         else:
             scratch = np.empty(runs.total, np.uint8)
-            self._read(scratch.ctypes.data, tensor, runs)
+            self._read(scratch, tensor, runs)
             out[...] = np.ndarray(out.shape, out.dtype, scratch, strides=runs.strides)
 
-    def _read(self, target: int, tensor: TensorEntry, runs: Runs) -> None:
-        """Unlock pieces of a tensor and put one behind the other."""
+    def _read(self, target: Bytes, tensor: TensorEntry, runs: Runs) -> None:
+        """Read pieces of a tensor, one behind the other, and unlock them there."""
         starts = runs.starts()
-        window = Window(tensor.start + starts[0], tensor.start + starts[-1] + runs.nbytes, [])
-        with mapped(self._file, window) as source:
-            self._unlock(
-                [
-                    Range(tensor.name, target + i * runs.nbytes, source + start - starts[0], runs.nbytes, start)
-                    for i, start in enumerate(starts)
-                ]
+        for i, start in enumerate(starts):
+            read_into(self._file, target[i * runs.nbytes : (i + 1) * runs.nbytes], tensor.start + start)
+        if tensor.name not in self._locked:
+            return
+        if len(starts) == 1:
+            schedule, begin = self._given_lock.stream(tensor.name)
+            unlock(
+                target, schedule, sbox=self._given_lock.box, offset=begin + starts[0], out=target, threads=self._threads
             )
+            return
+        places = range(target.ctypes.data, target.ctypes.data + runs.total, runs.nbytes)
+        parts = [Range(tensor.name, at, at, runs.nbytes, start) for at, start in zip(places, starts, strict=True)]
+        self._given_lock.unlock(parts, self._threads)
 
     def __enter__(self) -> LockedFile:
         return self
@@ -473,10 +482,24 @@ class TensorSlice:
         return f"TensorSlice({self._tensor.name!a}, {self._tensor.dtype}, {list(self._tensor.shape)})"
 
 
+def read_into(file: OpenedFile, target: Bytes, start: int) -> None:
+    """Fill memory from a place in a file.
+
+    Raises
+    ------
+    ContainerError
+        It became shorter.
+    """
+    while target.size:
+        count = os.preadv(file.file.fileno(), [target.data], start)
+        if not count:
+            raise ContainerError(f"{file.path}: it became shorter while it was open; open it again")
+        target, start = target[count:], start + count
+
+
 def _state(file: OpenedFile) -> tuple[int, int]:
     """Give what changes when somebody writes to a file."""
-    with file_errors(file.path, "read"):
-        status = os.fstat(file.file.fileno())
+    status = os.fstat(file.file.fileno())
     return status.st_size, status.st_mtime_ns
 
 

@@ -73,20 +73,18 @@ def choose(index: Any, shape: Sequence[int]) -> Choice:
         It goes past the tensor's end, has too many axes, or is of another kind.
     """
     items = index if isinstance(index, tuple) else (index,)
-    given = sum(item is not None and item is not Ellipsis for item in items)
-    if sum(item is Ellipsis for item in items) > 1 or given > len(shape):
+    dots = [i for i, item in enumerate(items) if item is Ellipsis]
+    given = len(items) - len(dots) - sum(item is None for item in items)
+    if len(dots) > 1 or given > len(shape):
         raise TensorIndexError(
             f"index: got one for {given} axes, accepted are the {len(shape)} of the tensor and one Ellipsis"
         )
+    at = dots[0] if dots else len(items)
     ranges: list[range] = []
     rest: list[Any] = []
-    for item in items if any(item is Ellipsis for item in items) else (*items, Ellipsis):
+    for item in (*items[:at], *[slice(None)] * (len(shape) - given), *items[at + 1 :]):
         if item is None:
             rest.append(None)
-        elif item is Ellipsis:
-            whole = shape[len(ranges) : len(ranges) + len(shape) - given]
-            ranges += map(range, whole)
-            rest += [slice(None)] * len(whole)
         else:
             chosen, then = _along(item, shape[len(ranges)])
             ranges.append(chosen)
@@ -116,16 +114,16 @@ def _along(item: Any, length: int) -> tuple[range, Any]:
 
 def runs_of(ranges: Sequence[range], shape: Sequence[int], itemsize: int) -> Runs:
     """Say which bytes to read of a tensor; no range is empty."""
-    strides = [itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    nbytes, axis = itemsize, len(shape)
-    while axis:
-        step = ranges[axis - 1].step * strides[axis - 1]
-        if len(ranges[axis - 1]) > 1 and step - nbytes >= _GAP:
-            break
-        axis -= 1
-        nbytes += (len(ranges[axis]) - 1) * step
+    strides, nbytes = [0] * len(shape), itemsize
+    for axis in reversed(range(len(shape))):
+        strides[axis] = nbytes
+        nbytes *= shape[axis]
     counts = [len(along) for along in ranges]
     apart = [along.step * stride for along, stride in zip(ranges, strides, strict=True)]
+    nbytes, axis = itemsize, len(shape)
+    while axis and (counts[axis - 1] == 1 or apart[axis - 1] - nbytes < _GAP):
+        axis -= 1
+        nbytes += (counts[axis] - 1) * apart[axis]
     pieces = math.prod(counts[:axis])
     return Runs(
         first=sum(along[0] * stride for along, stride in zip(ranges, strides, strict=True)),
