@@ -122,6 +122,8 @@ def _for_torch(device: Any) -> _Maker:
         return found
 
     def wrap(data: Bytes, dtype: Any, shape: tuple[int, ...]) -> Any:
+        if not data.size:  # which has no strides to view it with
+            return torch.empty(shape, dtype=dtype, device=place)
         return torch.from_numpy(data).view(dtype).reshape(shape).to(place)
 
     return dtype, wrap

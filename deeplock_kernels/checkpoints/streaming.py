@@ -25,7 +25,14 @@ import numpy as np
 from deeplock_kernels.checkpoints.formats import recognise
 from deeplock_kernels.checkpoints.formats.base import Edit, Format, Layout, TensorEntry
 from deeplock_kernels.errors import AlreadyLockedError, ContainerError, HeaderError, NotLockedError
-from deeplock_kernels.files import atomic_output, check_distinct, check_regular, file_errors, path_text
+from deeplock_kernels.files import (
+    atomic_output,
+    begin_flush,
+    check_distinct,
+    check_regular,
+    file_errors,
+    path_text,
+)
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.locking import find_sbox
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
@@ -531,6 +538,7 @@ def _stream(
             if low < high:
                 sums[i] = zlib.crc32(data[low - window.begin : high - window.begin], sums[i])
         output.write(data)
+        begin_flush(output)
 
     with _Behind() as behind:
         for turn, window in enumerate(windows(tensors, file.spans(edits))):
