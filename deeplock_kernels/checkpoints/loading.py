@@ -21,7 +21,7 @@ from deeplock_kernels.checkpoints.arrays import Arrays, Bytes
 from deeplock_kernels.checkpoints.formats.base import TensorEntry
 from deeplock_kernels.checkpoints.formats.safetensors import SAFETENSORS
 from deeplock_kernels.checkpoints.formats.safetensors_table import DTYPE_BITS, ENTRY_KEY
-from deeplock_kernels.checkpoints.slicing import Runs, choose, halves, runs_of
+from deeplock_kernels.checkpoints.slicing import choose, halves, runs_of
 from deeplock_kernels.checkpoints.streaming import (
     OpenedFile,
     Path,
@@ -35,6 +35,7 @@ from deeplock_kernels.checkpoints.streaming import (
 from deeplock_kernels.errors import (
     ClosedFileError,
     ContainerError,
+    FileAccessError,
     KeyTypeError,
     NotSealedError,
     ParameterError,
@@ -42,7 +43,7 @@ from deeplock_kernels.errors import (
     TensorNameError,
     shown,
 )
-from deeplock_kernels.files import file_errors
+from deeplock_kernels.files import access_error, file_errors
 from deeplock_kernels.locking import unlock
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
 from deeplock_kernels.pieces import Range
@@ -289,9 +290,13 @@ class LockedFile:
         def guarded() -> _Result:
             if self._stack is None:
                 raise ClosedFileError(f"{self._layout.source}: it is closed; open it again with open_locked")
-            with file_errors(self._file.path, "read"):
+            try:
                 self._check_unchanged()
                 return work()
+            except FileAccessError:
+                raise
+            except OSError as error:
+                raise access_error(self._file.path, "read", error) from error
 
         return holding(self._guard, guarded)
 
@@ -370,20 +375,33 @@ class LockedFile:
         self._check_unchanged()
         self._verified.add(name)
 
+    def _row(self, tensor: TensorEntry, row: int, *, verify: bool) -> Bytes:
+        """Give the bytes at an index of the first axis; they lie together, and this takes as few steps as it can."""
+        nbytes = tensor.nbytes // tensor.shape[0]
+        target = np.empty(nbytes, np.uint8)
+        self._while_open(lambda: self._part(target, tensor, verify, lambda: self._read(target, tensor, [row * nbytes])))
+        return target
+
     def _slice(self, tensor: TensorEntry, ranges: tuple[range, ...], *, verify: bool) -> Elements:
-        """Give the elements at these indices, or wipe them."""
+        """Give the elements at these indices."""
+        target = np.empty([len(along) for along in ranges], f"u{DTYPE_BITS[tensor.dtype] // 8}")
+        self._while_open(lambda: self._part(target, tensor, verify, lambda: self._fill(target, tensor, ranges)))
+        return target
+
+    def _part(
+        self, target: npt.NDArray[Any], tensor: TensorEntry, verify: bool, fill: Callable[[], object]
+    ) -> None:
+        """Fill memory with a part of a tensor, or wipe it."""
         self._lock_of(tensor.name)
         if verify:
             self._verify(tensor)
-        found = np.empty([len(along) for along in ranges], f"u{DTYPE_BITS[tensor.dtype] // 8}")
         try:
-            if found.size:
-                self._fill(found, tensor, ranges)
+            if target.size:
+                fill()
             self._check_unchanged()
         except BaseException:
-            found.fill(0)
+            target.fill(0)
             raise
-        return found
 
     def _fill(self, out: Elements, tensor: TensorEntry, ranges: tuple[range, ...]) -> None:
         """Fill contiguous memory with the elements at some indices."""
@@ -392,28 +410,27 @@ class LockedFile:
             for part, where in halves(ranges):
                 self._fill(out[where], tensor, part)
         elif runs.dense:
-            self._read(out.reshape(-1).view(np.uint8), tensor, runs)
+            self._read(out.reshape(-1).view(np.uint8), tensor, runs.starts())
         else:
             scratch = np.empty(runs.total, np.uint8)
-            self._read(scratch, tensor, runs)
+            self._read(scratch, tensor, runs.starts())
             out[...] = np.ndarray(out.shape, out.dtype, scratch, strides=runs.strides)
 
-    def _read(self, target: Bytes, tensor: TensorEntry, runs: Runs) -> None:
-        """Read pieces of a tensor, one behind the other, and unlock them there."""
-        starts = runs.starts()
+    def _read(self, target: Bytes, tensor: TensorEntry, starts: list[int]) -> None:
+        """Read pieces of a tensor, of one length and one behind the other, and unlock them there."""
+        nbytes = target.size // len(starts)
         for i, start in enumerate(starts):
-            read_into(self._file, target[i * runs.nbytes : (i + 1) * runs.nbytes], tensor.start + start)
+            read_into(self._file, target[i * nbytes : (i + 1) * nbytes], tensor.start + start)
         if tensor.name not in self._locked:
             return
+        lock = self._given_lock
         if len(starts) == 1:
-            schedule, begin = self._given_lock.stream(tensor.name)
-            unlock(
-                target, schedule, sbox=self._given_lock.box, offset=begin + starts[0], out=target, threads=self._threads
-            )
+            schedule, begin = lock.stream(tensor.name)
+            unlock(target, schedule, sbox=lock.box, offset=begin + starts[0], out=target, threads=self._threads)
             return
-        places = range(target.ctypes.data, target.ctypes.data + runs.total, runs.nbytes)
-        parts = [Range(tensor.name, at, at, runs.nbytes, start) for at, start in zip(places, starts, strict=True)]
-        self._given_lock.unlock(parts, self._threads)
+        places = range(target.ctypes.data, target.ctypes.data + target.size, nbytes)
+        parts = [Range(tensor.name, at, at, nbytes, start) for at, start in zip(places, starts, strict=True)]
+        lock.unlock(parts, self._threads)
 
     def __enter__(self) -> LockedFile:
         return self
@@ -472,9 +489,13 @@ class TensorSlice:
             raise TensorIndexError(
                 f"index: {tensor.name!r} is of {tensor.dtype}, of which no part can be taken; use get_tensor"
             )
-        chosen = choose(index, tensor.shape)
         file._arrays.dtype(tensor.dtype)
-        found = file._while_open(lambda: file._slice(tensor, chosen.ranges, verify=self._verify))[chosen.rest]
+        length = tensor.shape[0] if tensor.shape else 0
+        if type(index) is int and -length <= index < length:
+            row = file._row(tensor, index % length, verify=self._verify)
+            return file._arrays.wrap(row, tensor.dtype, tensor.shape[1:])
+        chosen = choose(index, tensor.shape)
+        found = file._slice(tensor, chosen.ranges, verify=self._verify)[chosen.rest]
         data = found if found.flags.c_contiguous else found.copy()
         return file._arrays.wrap(data.reshape(-1).view(np.uint8), tensor.dtype, data.shape)
 
