@@ -12,6 +12,7 @@ __all__ = [
     "AlreadyLockedError",
     "BufferLayoutError",
     "BufferTypeError",
+    "ClosedFileError",
     "ContainerError",
     "DeepLockError",
     "ExposedKeyWarning",
@@ -34,6 +35,7 @@ __all__ = [
     "SizeMismatchError",
     "TamperedError",
     "TamperedHeaderError",
+    "TensorIndexError",
     "TensorNameError",
     "UnknownNameError",
     "UnsupportedTierError",
@@ -115,6 +117,14 @@ class TensorNameError(DeepLockError, KeyError, ValueError):
     """A tensor name is missing from the tensors or the header, or is not a name."""
 
     __str__ = Exception.__str__
+
+
+class TensorIndexError(DeepLockError, IndexError, ValueError):
+    """What was asked for of a tensor is outside its shape, or no integer, slice, Ellipsis or None."""
+
+
+class ClosedFileError(DeepLockError, ValueError):
+    """A file of open_locked was used after its end: open it again."""
 
 
 class HeaderError(DeepLockError, ValueError):

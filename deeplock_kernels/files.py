@@ -15,13 +15,14 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from deeplock_kernels.errors import FileAccessError, ParameterError, SameFileError
 
 __all__ = [
     "access_error",
     "atomic_output",
+    "begin_flush",
     "check_distinct",
     "check_regular",
     "file_errors",
@@ -312,19 +313,36 @@ def _reserve(descriptor: int, size: int) -> None:
     """
     if not size:
         return
+    keep_size = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
+    reason = _system_call("fallocate", descriptor, keep_size, (0, size))
+    if reason in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(reason, os.strerror(reason))
+
+
+def begin_flush(file: BinaryIO) -> None:
+    """Have the system begin to write a file to its device, and do not wait: then flushing it takes little at the end.
+
+    Parameters
+    ----------
+    file
+        Open for writing. What is still in its own buffer is not written.
+    """
+    to_the_end, write = (0, 0), 2  # SYNC_FILE_RANGE_WRITE of linux/fs.h
+    _system_call("sync_file_range", file.fileno(), to_the_end, write)  # an error is told by the flush at the end
+
+
+def _system_call(name: str, *arguments: int | tuple[int, int]) -> int:
+    """Call a function of the C library with ints and pairs of 64 bits, and give its errno, or 0 where there is none."""
     import ctypes
 
     try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+        function = getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError):
-        return
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    keep_size = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
-    if fallocate(descriptor, keep_size, 0, size) == 0:
-        return
-    reason = ctypes.get_errno()
-    if reason in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise OSError(reason, os.strerror(reason))
+        return 0
+    values: list[Any] = []
+    for argument in arguments:
+        values += map(ctypes.c_int64, argument) if isinstance(argument, tuple) else [argument]
+    return ctypes.get_errno() if function(*values) else 0
 
 
 def _flush_directory(directory: str) -> None:

@@ -695,7 +695,7 @@ def test_interrupted_while_it_works(folder, run, monkeypatch, error):
     monkeypatch.setattr(checkpoints, "WINDOW", 1000)
     before = snapshot(folder)
     windows = []
-    original = checkpoints._mapped
+    original = checkpoints.mapped
 
     def mapped(*arguments):
         windows.append(len(list(folder.glob(".deeplock-*.tmp"))))
@@ -703,7 +703,7 @@ def test_interrupted_while_it_works(folder, run, monkeypatch, error):
             raise error
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoints, "_mapped", mapped)
+    monkeypatch.setattr(checkpoints, "mapped", mapped)
     for arguments in (LOCK, UNLOCK, REKEY):
         windows.clear()
         code, out, err = run(*arguments.split())
@@ -1020,15 +1020,20 @@ def on_a_terminal(*arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "verb", "out"),
-    [(LOCK, "locking", "new: 3 tensors locked and sealed, 3,162 bytes\n"), (UNLOCK, "unlocking", "new: unlocked\n")],
+    [
+        (LOCK, "locking", "new: 3 tensors locked and sealed, 3,162 bytes\n"),
+        (UNLOCK, "unlocking", "new: unlocked\n"),
+        (REKEY, "rekeying", "new: 3 tensors locked under the new key and sealed\n"),
+        ("verify locked --key key", "verifying", "locked: as it was locked, 3 tensors, 3,162 bytes\n"),
+    ],
 )
 def test_progress_is_shown_on_a_terminal_only(folder, arguments, verb, out):
     code, output, shown = on_a_terminal(*arguments.split())
     assert (code, output) == (0, out)
     assert f"{verb}:" in shown
-    assert "%" in shown
+    assert re.search(r"\d%.*\[\d\d:\d\d<[\d:?]+, .*B/s\]", shown), "share, time left and rate"
     assert re.search(r"\r +\r$", shown), "the line is not empty again at the end"
-    os.unlink("new")
+    (folder / "new").unlink(missing_ok=True)
     done = process(*arguments.split())
     assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
 
