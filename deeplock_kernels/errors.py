@@ -16,6 +16,7 @@ __all__ = [
     "DeepLockError",
     "FileAccessError",
     "HeaderError",
+    "InterruptedLockError",
     "KernelError",
     "KeyFormatError",
     "KeyTypeError",
@@ -120,6 +121,10 @@ class AlreadyLockedError(DeepLockError, ValueError):
 
 class NotLockedError(DeepLockError, ValueError):
     """The file carries no lock header: there is nothing to unlock."""
+
+
+class InterruptedLockError(DeepLockError, ValueError):
+    """A file is neither old nor new, since a change of it in place was interrupted: recover it first."""
 
 
 class NotSealedError(DeepLockError, ValueError):

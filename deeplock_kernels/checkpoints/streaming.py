@@ -24,6 +24,7 @@ import numpy as np
 
 from deeplock_kernels.checkpoints.formats import recognise
 from deeplock_kernels.checkpoints.formats.base import Edit, Format, Layout, TensorEntry
+from deeplock_kernels.checkpoints.journal import check_whole
 from deeplock_kernels.errors import AlreadyLockedError, ContainerError, HeaderError, NotLockedError
 from deeplock_kernels.files import atomic_output, check_distinct, check_regular, file_errors, path_text
 from deeplock_kernels.header import LockHeader
@@ -38,7 +39,7 @@ from deeplock_kernels.tensors import Selection, select
 Path = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
 WINDOW = 16 << 20  # bytes; a multiple of every system's page size
-_START_BYTES = 64  # by which a format is recognised
+START_BYTES = 64  # by which a format is recognised
 
 
 def lock_file(
@@ -100,7 +101,7 @@ def lock_file(
             return lock.prove(seals if seal else None, layout.proved).to_json()
 
         def change(ranges: list[Range]) -> None:
-            lock.lock(ranges, count, seal=seal, then=partial(_add, seals))
+            lock.lock(ranges, count, seal=seal, then=partial(merge_seals, seals))
 
         with lock:
             _write(model, dst, header, change, chosen, progress)
@@ -155,7 +156,7 @@ def unlock_file(
 
         def change(ranges: list[Range]) -> None:
             if verified:
-                _add(seals, lock.unlock_and_seal(ranges, count))
+                merge_seals(seals, lock.unlock_and_seal(ranges, count))
             else:
                 lock.unlock(ranges, count)
 
@@ -217,8 +218,8 @@ def rekey_file(
             return new.prove(seals if seal else None, layout.proved).to_json()
 
         def change(ranges: list[Range]) -> None:
-            _add(old_seals, old.seals([one for one in ranges if old.sealed(one.name)], count))
-            rekey_ranges(old, new, ranges, count, seal=seal, then=partial(_add, seals))
+            merge_seals(old_seals, old.seals([one for one in ranges if old.sealed(one.name)], count))
+            rekey_ranges(old, new, ranges, count, seal=seal, then=partial(merge_seals, seals))
 
         with old, new:
             _write(model, dst, header, change, names, progress, lambda: old.expect(old_seals))
@@ -263,10 +264,10 @@ def verify_file(path: Path, key: Key, *, threads: int | None = None, progress: P
         with lock:
             seals = dict.fromkeys(header.tensors, 0)
             for file, edits in _replaced(model):
-                for window in _windows(_entries(model.layout, file.companion), file.spans(edits)):
+                for window in windows(_entries(model.layout, file.companion), file.spans(edits)):
                     with _mapped(file, window) as source:
-                        ranges = [one for one in _ranges(window, source, source) if one.name in seals]
-                        _add(seals, lock.seals(ranges, count))
+                        ranges = [one for one in ranges_of(window, source, source) if one.name in seals]
+                        merge_seals(seals, lock.seals(ranges, count))
                     if progress is not None:
                         progress(window.end - window.begin)
             lock.expect(seals)
@@ -359,14 +360,17 @@ def opened(path: Path, argument: str = "src") -> Iterator[Model]:
 
     Raises
     ------
+    InterruptedLockError
+        A change of it in place was not finished.
     ContainerError, FileAccessError, ParameterError
         As for `read_layout`.
     """
     text = path_text(path, argument)
+    check_whole(text)
     with ExitStack() as stack:
         main = stack.enter_context(_opened(text, ""))
         with file_errors(text, "read"):
-            start = main.file.read(_START_BYTES)
+            start = main.file.read(START_BYTES)
             main.file.seek(0)
             known = recognise(start)
             layout = known.read(main.file, main.size, text)
@@ -411,12 +415,13 @@ def _replaced(model: Model) -> Iterator[tuple[OpenedFile, Sequence[Edit]]]:
         yield file, [] if file.companion else edits
 
 
-def _add(seals: Seals, found: Seals) -> None:
+def merge_seals(seals: Seals, found: Seals) -> None:
+    """Bring the seals of more parts of tensors in."""
     for name, seal in found.items():
         seals[name] ^= seal
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """The bytes begin to end of a file, and the parts of tensors in them: (tensor, first byte, last byte + 1)."""
 
     begin: int
@@ -428,16 +433,20 @@ def _entries(layout: Layout, companion: str) -> list[TensorEntry]:
     return [tensor for tensor in layout.tensors.values() if tensor.companion == companion]
 
 
-def _windows(tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]]) -> Iterator[_Window]:
-    """Cut ranges of a file; a tensor that goes on in the next window is cut at a block of its seal.
+def windows(
+    tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]], most: int | None = None
+) -> Iterator[Window]:
+    """Cut ranges of a file into windows of up to `most` bytes, by default WINDOW.
 
-    A tensor without bytes is a part of the first window, wherever it lies: it has a seal too.
+    A tensor that goes on in the next window is cut at a block of its seal. A tensor without bytes is a part of the
+    first window, wherever it lies: it has a seal too.
     """
+    most = most or WINDOW
     waiting = deque(tensor for tensor in tensors if tensor.nbytes)
     parts = [(tensor, tensor.start, tensor.start) for tensor in tensors if not tensor.nbytes]
     for begin, stop in spans:
         while begin < stop:
-            end = min(begin + WINDOW, stop)
+            end = min(begin + most, stop)
             while waiting and waiting[0].start < end:
                 tensor = waiting[0]
                 low = max(tensor.start, begin)
@@ -448,13 +457,13 @@ def _windows(tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]]) -
                     break
                 parts.append((tensor, low, tensor.stop))
                 waiting.popleft()
-            yield _Window(begin, end, parts)
+            yield Window(begin, end, parts)
             begin, parts = end, []
     if parts:
-        yield _Window(0, 0, parts)
+        yield Window(0, 0, parts)
 
 
-def _ranges(window: _Window, target: int, source: int) -> list[Range]:
+def ranges_of(window: Window, target: int, source: int) -> list[Range]:
     """Give the parts of a window's tensors, whose first bytes lie at these addresses."""
     return [
         Range(tensor.name, target + low - window.begin, source + low - window.begin, high - low, low - tensor.start)
@@ -481,6 +490,7 @@ def _write(
         Is called when all data are written, and may refuse them.
     """
     layout, text = model.layout, path_text(dst, "dst")
+    check_whole(text)
     checksums: Sequence[int] = [0] * len(layout.checksums)
     edits = model.format.edits(layout, header(), checksums)
     outputs = []
@@ -520,7 +530,7 @@ def _stream(
     buffers = [np.empty(min(WINDOW, file.size), np.uint8) for _ in range(2)]
     sums, waiting = [0] * len(summed), deque(edits)
 
-    def write(window: _Window, data: memoryview) -> None:
+    def write(window: Window, data: memoryview) -> None:
         for i, (start, stop) in enumerate(summed):
             low, high = max(start, window.begin), min(stop, window.end)
             if low < high:
@@ -528,14 +538,14 @@ def _stream(
         output.write(data)
 
     with _Behind() as behind:
-        for turn, window in enumerate(_windows(tensors, file.spans(edits))):
+        for turn, window in enumerate(windows(tensors, file.spans(edits))):
             while waiting and waiting[0].start <= window.begin:
                 behind.run(partial(output.write, waiting.popleft().data))
             buffer, length = buffers[turn % 2], window.end - window.begin
             behind.wait(1)  # for the window before the last one, whose buffer this is
             target = buffer.ctypes.data
             with _mapped(file, window) as source:
-                ranges = [one for one in _ranges(window, target, source) if one.name in chosen]
+                ranges = [one for one in ranges_of(window, target, source) if one.name in chosen]
                 _copy_others(ranges, target, source, length)
                 change(ranges)
             behind.run(partial(write, window, buffer[:length].data))
@@ -583,7 +593,7 @@ class _Behind:
 
 
 @contextmanager
-def _mapped(file: OpenedFile, window: _Window) -> Iterator[int]:
+def _mapped(file: OpenedFile, window: Window) -> Iterator[int]:
     """Map a window of a file and give its address."""
     if window.begin == window.end:
         yield 0
