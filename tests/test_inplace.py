@@ -1,0 +1,552 @@
+"""Locking in place: after a crash at any step, or a loss of power, recovery gives the old file or the new one."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import stat
+import sys
+from functools import cache
+
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import BITS, KEYS, SCHEDULES, painted
+
+from deeplock_kernels import errors
+from deeplock_kernels.checkpoints import journal, streaming
+from deeplock_kernels.checkpoints.inplace import lock_file_in_place, recover_file, unlock_file_in_place
+from deeplock_kernels.checkpoints.streaming import lock_file, read_header, unlock_file, verify_file
+from deeplock_kernels.errors import (
+    AlreadyLockedError,
+    ContainerError,
+    FileAccessError,
+    InterruptedLockError,
+    NotLockedError,
+    TamperedError,
+    WrongKeyError,
+)
+from deeplock_kernels.sboxes import SBox
+
+KEY = KEYS[256]
+WINDOW = 1024
+NAME, JOURNAL = "model", ".model.deeplock-journal"
+UNNAMED = f"{JOURNAL}.new"
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(streaming, "WINDOW", WINDOW)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let nothing wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@cache
+def plain() -> bytes:
+    tensors = {"a": painted(1500), "b": painted(777, 5), "c": painted(0), "d": painted(1000, 3)}
+    return safetensors.numpy.save(tensors, {"x": "y"})
+
+
+def write(folder, content: bytes):
+    path = folder / NAME
+    path.write_bytes(content)
+    return path
+
+
+def entries(folder) -> dict[str, bytes]:
+    return {entry.name: (folder / entry.name).read_bytes() for entry in os.scandir(folder)}
+
+
+def snapshot(folder):
+    return {path: (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+# What becomes of a file
+
+
+@pytest.fixture
+def fixed_salt(monkeypatch):
+    monkeypatch.setattr(secrets, "token_bytes", lambda count=32: bytes(range(50, 50 + count)))
+
+
+@pytest.mark.parametrize("window", [100, 1024, 16 << 20])
+@pytest.mark.parametrize("keywords", [{}, {"only": "b"}, {"seal": False}, {"only": ["a", "c"], "sbox": "sm4"}], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_file_becomes_what_the_streams_write(tmp_path, quick, fixed_salt, monkeypatch, schedule, keywords, window):
+    monkeypatch.setattr(streaming, "WINDOW", window)
+    (tmp_path / "source").write_bytes(plain())
+    expected = lock_file(tmp_path / "source", tmp_path / "locked", KEY, schedule=schedule, **keywords)
+    path = write(tmp_path, plain())
+    seen = []
+    assert lock_file_in_place(path, KEY, schedule=schedule, progress=seen.append, **keywords) == expected
+    assert path.read_bytes() == (tmp_path / "locked").read_bytes()
+    assert sum(seen) == 1500 + 777 + 1000
+    unlock_file_in_place(path, KEY)
+    assert path.read_bytes() == plain()
+    assert sorted(os.listdir(tmp_path)) == ["locked", NAME, "source"]
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, 300), max_size=6),
+    st.integers(16, 400),
+    st.sampled_from(SCHEDULES),
+    st.sampled_from(BITS),
+)
+def test_any_shapes_and_windows(tmp_path_factory, sizes, window, schedule, bits):
+    folder = tmp_path_factory.mktemp("any")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "WINDOW", window)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        raw = safetensors.numpy.save({f"{i}": painted(size, i) for i, size in enumerate(sizes)})
+        path = write(folder, raw)
+        header = lock_file_in_place(path, KEYS[bits], schedule=schedule)
+        assert header == read_header(path) == verify_file(path, KEYS[bits])
+        unlock_file(path, folder / "restored", KEYS[bits])
+        assert (folder / "restored").read_bytes() == raw
+        unlock_file_in_place(path, KEYS[bits])
+        assert path.read_bytes() == raw
+        assert len(os.listdir(folder)) == 2
+
+
+def test_an_own_s_box_has_to_be_given_again(tmp_path, quick):
+    box = SBox(bytes(random.Random(3).sample(range(256), 256)))
+    path = write(tmp_path, plain())
+    lock_file_in_place(path, KEY, sbox=box)
+    with pytest.raises(errors.SBoxError):
+        unlock_file_in_place(path, KEY)
+    unlock_file_in_place(path, KEY, sbox=box)
+    assert path.read_bytes() == plain()
+
+
+def test_mode_owner_and_links_are_kept(tmp_path):
+    path = write(tmp_path, plain())
+    path.chmod(0o640)
+    before = path.stat()
+    (tmp_path / "link").symlink_to(NAME)
+    lock_file_in_place(tmp_path / "link", KEY)
+    after = path.stat()
+    assert (after.st_ino, after.st_mode, after.st_uid) == (before.st_ino, before.st_mode, before.st_uid)
+    assert after.st_mtime_ns > before.st_mtime_ns
+    assert (tmp_path / "link").is_symlink()
+    verify_file(path, KEY)
+    assert sorted(os.listdir(tmp_path)) == ["link", NAME]
+
+
+def test_the_journal_is_private_and_holds_nothing_plain_when_locking(tmp_path, monkeypatch):
+    path = write(tmp_path, plain())
+    seen = []
+
+    def look(_):
+        held = (tmp_path / JOURNAL).read_bytes()
+        seen.append(stat.S_IMODE((tmp_path / JOURNAL).stat().st_mode))
+        assert not any(bytes(painted(16, start)) in held for start in range(251))
+
+    umask = os.umask(0)
+    try:
+        lock_file_in_place(path, KEY, progress=look)
+    finally:
+        os.umask(umask)
+    assert seen == [0o600] * 4
+
+
+def test_the_journal_is_overwritten_before_it_goes(tmp_path, quick, monkeypatch):
+    path = write(tmp_path, plain())
+    lock_file_in_place(path, KEY)
+    left = []
+    unlink = os.unlink
+
+    def look(name):
+        if os.path.exists(name):
+            left.append(open(name, "rb").read())  # noqa: SIM115
+        unlink(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", look)
+        patch.setattr(sys, "unraisablehook", lambda unraisable: None)
+        unlock_file_in_place(path, KEY)
+    (held,) = left
+    assert len(held) > WINDOW
+    assert not any(bytes(painted(16, start)) in held for start in range(251))
+
+
+# Refusals
+
+
+def refused(folder, error, words, function, *arguments, **keywords):
+    before = snapshot(folder)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(error, match=words) as caught:
+        function(*arguments, **keywords)
+    assert type(caught.value) is error
+    assert snapshot(folder) == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_what_is_locked_or_is_not(tmp_path, quick):
+    path = write(tmp_path, plain())
+    refused(tmp_path, NotLockedError, None, unlock_file_in_place, path, KEY)
+    lock_file_in_place(path, KEY)
+    refused(tmp_path, AlreadyLockedError, "locked already", lock_file_in_place, path, KEY)
+    refused(tmp_path, WrongKeyError, None, unlock_file_in_place, path, KEY[::-1])
+    raw = path.read_bytes()
+    write(tmp_path, raw[:-1] + bytes([raw[-1] ^ 1]))
+    refused(tmp_path, TamperedError, "'d'", unlock_file_in_place, path, KEY)
+
+
+def test_files_that_cannot_be_changed_in_place(tmp_path):
+    path = write(tmp_path, plain())
+    os.link(path, tmp_path / "other")
+    refused(tmp_path, FileAccessError, "hard link", lock_file_in_place, path, KEY)
+    (tmp_path / "other").unlink()
+    refused(tmp_path, FileAccessError, "no such file", lock_file_in_place, tmp_path / "nothing", KEY)
+    refused(tmp_path, FileAccessError, "it is a directory", lock_file_in_place, tmp_path, KEY)
+    write(tmp_path, plain()[:-1])
+    refused(tmp_path, ContainerError, None, lock_file_in_place, path, KEY)
+
+
+def test_two_at_once(tmp_path):
+    path = write(tmp_path, plain())
+    found = []
+
+    def meanwhile(_):
+        for function in (lock_file_in_place, unlock_file_in_place, recover_file):
+            with pytest.raises(FileAccessError, match="somebody else is at it"):
+                function(path, KEY)
+            found.append(function)
+
+    lock_file_in_place(path, KEY, progress=meanwhile)
+    assert len(found) == 12
+    verify_file(path, KEY)
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def crash(*_):
+    raise Crash
+
+
+def interrupted(folder, content=None, function=lock_file_in_place, steps=2, **keywords):
+    """Leave a file as a process does that is killed after some steps."""
+    path = write(folder, plain() if content is None else content)
+    seen = []
+
+    def count(_):
+        seen.append(1)
+        if len(seen) == steps:
+            raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(journal.Journal, "find", crash)
+        with pytest.raises(InterruptedLockError, match="and so did taking it back"):
+            function(path, KEY, progress=count, **keywords)
+    return path
+
+
+def test_everything_refuses_a_file_that_is_neither_old_nor_new(tmp_path, monkeypatch):
+    path = interrupted(tmp_path)
+    (tmp_path / "whole").write_bytes(plain())
+    (tmp_path / "link").symlink_to(NAME)
+    words = "deeplock recover"
+    for name in (NAME, "link"):
+        for function in (lock_file_in_place, unlock_file_in_place, verify_file):
+            refused(tmp_path, InterruptedLockError, words, function, tmp_path / name, KEY)
+        refused(tmp_path, InterruptedLockError, words, lock_file, tmp_path / name, tmp_path / "new", KEY)
+        refused(tmp_path, InterruptedLockError, words, unlock_file, tmp_path / name, tmp_path / "new", KEY)
+        refused(tmp_path, InterruptedLockError, words, read_header, tmp_path / name)
+        refused(tmp_path, InterruptedLockError, words, lock_file, tmp_path / "whole", tmp_path / name, KEY)
+    recover_file(tmp_path / "link", KEY)
+    verify_file(path, KEY)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_recovery_wants_the_key(tmp_path, quick, undo):
+    path = interrupted(tmp_path)
+    refused(tmp_path, WrongKeyError, None, recover_file, path, KEY[::-1], undo=undo)
+    refused(tmp_path, WrongKeyError, None, recover_file, path, KEYS[128], undo=undo)
+    recover_file(path, KEY, undo=undo)
+    assert (path.read_bytes() == plain()) == undo
+
+
+def test_recovery_of_a_whole_file(tmp_path, quick):
+    path = write(tmp_path, plain())
+    refused(tmp_path, FileAccessError, "no such file", recover_file, tmp_path / "nothing", KEY)
+    assert recover_file(path, KEY) is None
+    assert path.read_bytes() == plain()
+    header = lock_file_in_place(path, KEY)
+    assert recover_file(path, KEY, undo=True) == header
+
+
+def test_an_own_s_box_is_needed_to_recover(tmp_path, quick):
+    box = SBox(bytes(random.Random(3).sample(range(256), 256)))
+    path = interrupted(tmp_path, sbox=box)
+    refused(tmp_path, errors.SBoxError, None, recover_file, path, KEY)
+    recover_file(path, KEY, sbox=box)
+    verify_file(path, KEY)
+
+
+def test_another_file_is_not_taken_for_the_interrupted_one(tmp_path, quick):
+    """Put there by somebody who would not wait, without looking for the journal."""
+    path = interrupted(tmp_path, steps=3)
+    mixed = path.read_bytes()
+    for undo in (False, True):
+        write(tmp_path, plain())
+        refused(tmp_path, InterruptedLockError, "not as the interrupted", recover_file, path, KEY, undo=undo)
+    os.unlink(tmp_path / JOURNAL)
+    lock_file_in_place(write(tmp_path, plain()), KEY)
+    locked = path.read_bytes()
+    path = interrupted(tmp_path, locked, unlock_file_in_place, 3)
+    for undo in (False, True):
+        write(tmp_path, locked)
+        refused(tmp_path, InterruptedLockError, "not as the interrupted", recover_file, path, KEY, undo=undo)
+    assert len(mixed) == len(locked)
+
+
+def test_a_damaged_journal(tmp_path, quick):
+    path = interrupted(tmp_path, steps=2)
+    whole = (tmp_path / JOURNAL).read_bytes()
+    head = 4096
+    for cut in (0, 10, 60, 200):
+        (tmp_path / JOURNAL).write_bytes(whole[:cut])
+        refused(tmp_path, ContainerError, "was damaged", recover_file, path, KEY)
+    for i in [*range(70), 150, 300]:
+        (tmp_path / JOURNAL).write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        refused(tmp_path, ContainerError, "was damaged", recover_file, path, KEY)
+    (tmp_path / JOURNAL).write_bytes(whole[:head] + bytes(b ^ 1 for b in whole[head:]))  # both records
+    refused(tmp_path, ContainerError, "was damaged", recover_file, path, KEY)
+    (tmp_path / JOURNAL).write_bytes(whole)
+    recover_file(path, KEY, undo=True)
+    assert path.read_bytes() == plain()
+
+
+def test_the_time_of_a_file_that_is_taken_back(tmp_path, quick):
+    path = write(tmp_path, plain())
+    os.utime(path, ns=(10**18, 10**18))
+    with pytest.raises(Crash):
+        lock_file_in_place(path, KEY, progress=crash)
+    assert path.read_bytes() == plain()
+    assert path.stat().st_mtime_ns == 10**18
+
+
+# A disk that crashes
+
+
+class Disk:
+    """Records what is written to the files of a directory, so that the disk can be had as after any crash.
+
+    Parameters
+    ----------
+    folder
+        Where the files are; they are written there as usual.
+    """
+
+    def __init__(self, folder, monkeypatch):
+        self.log = []  # (operation, file number or None, arguments)
+        self.start = entries(folder)
+        self._folder, self._files, self._names = os.fspath(folder), {}, {}
+        for number, name in enumerate(sorted(self.start)):
+            self._names[os.stat(os.path.join(self._folder, name)).st_ino] = number
+        self._originals = {}
+        for name in ("open", "pwrite", "ftruncate", "posix_fallocate", "fsync", "replace", "unlink"):
+            self._originals[name] = getattr(os, name)
+            monkeypatch.setattr(os, name, getattr(self, f"_{name}"))
+
+    def _number(self, descriptor):
+        return self._names.setdefault(os.fstat(descriptor).st_ino, len(self._names))
+
+    def _open(self, path, flags, *mode):
+        descriptor = self._originals["open"](path, flags, *mode)
+        if flags & os.O_CREAT:
+            assert flags & os.O_EXCL
+            self._names.pop(os.fstat(descriptor).st_ino, None)  # of a file that is gone
+            self._names[os.fstat(descriptor).st_ino] = number = 100 + len(self.log)
+            self.log.append(("create", None, os.path.basename(path), number))
+        return descriptor
+
+    def _pwrite(self, descriptor, data, position):
+        self.log.append(("write", self._number(descriptor), position, bytes(data)))
+        return self._originals["pwrite"](descriptor, data, position)
+
+    def _ftruncate(self, descriptor, size):
+        self.log.append(("resize", self._number(descriptor), size))
+        return self._originals["ftruncate"](descriptor, size)
+
+    def _posix_fallocate(self, descriptor, start, nbytes):
+        self.log.append(("extend", self._number(descriptor), start + nbytes))
+        return self._originals["posix_fallocate"](descriptor, start, nbytes)
+
+    def _fsync(self, descriptor):
+        directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        self.log.append(("flush", None if directory else self._number(descriptor)))
+
+    def _replace(self, source, target):
+        self.log.append(("rename", None, os.path.basename(source), os.path.basename(target)))
+        return self._originals["replace"](source, target)
+
+    def _unlink(self, path):
+        self._originals["unlink"](path)
+        self.log.append(("remove", None, os.path.basename(path)))
+
+    def crashed(self, count, lost=None):
+        """Give the files after so many operations.
+
+        Parameters
+        ----------
+        lost
+            A random number generator that says which of what was not flushed is lost, or torn; None to lose nothing.
+        """
+        done = self.log[:count]
+        content = {number: bytearray(self.start[name]) for number, name in enumerate(sorted(self.start))}
+        names = {name: number for number, name in enumerate(sorted(self.start))}
+        flushed, kept_names = {}, 0
+        for i, (operation, number, *_) in enumerate(done):
+            if operation == "flush":
+                flushed[number] = i
+        directory = [i for i, entry in enumerate(done) if entry[1] is None and entry[0] != "flush"]
+        unflushed = [i for i in directory if i > flushed.get(None, -1)]
+        kept_names = len(unflushed) if lost is None else lost.randint(0, len(unflushed))
+        dropped = set(unflushed[kept_names:])
+        how = None if lost is None else lost.random()
+        for i, (operation, number, *arguments) in enumerate(done):
+            if operation == "create":
+                content.setdefault(arguments[1], bytearray())
+            if i in dropped or operation == "flush":
+                continue
+            if number is None:
+                self._rename(names, operation, arguments)
+                continue
+            data = content[number]
+            if lost is not None and i > flushed.get(number, -1) and lost.random() > how:
+                if operation == "write" and lost.random() < 0.7:  # torn
+                    position, written = arguments
+                    cut = lost.randint(0, len(written))
+                    arguments = [position, written[:cut]] if lost.random() < 0.5 else [position + cut, written[cut:]]
+                else:
+                    continue
+            if operation == "write":
+                position, written = arguments
+                data.extend(bytes(max(0, position + len(written) - len(data))))
+                data[position : position + len(written)] = written
+            else:
+                (size,) = arguments
+                data.extend(bytes(max(0, size - len(data))))
+                if operation == "resize":
+                    del data[size:]
+        return {name: bytes(content[number]) for name, number in names.items()}
+
+    @staticmethod
+    def _rename(names, operation, arguments):
+        if operation == "create":
+            names[arguments[0]] = arguments[1]
+        elif operation == "rename":
+            names[arguments[1]] = names.pop(arguments[0])
+        else:
+            del names[arguments[0]]
+
+
+def fill(folder, content):
+    for name in os.listdir(folder):
+        os.unlink(folder / name)
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+
+
+def recorded(folder, monkeypatch, function, *arguments, **keywords):
+    """Call a function on a recorded disk, whose log is then the truth."""
+    with monkeypatch.context() as patch:
+        disk = Disk(folder, patch)
+        function(*arguments, **keywords)
+    assert disk.crashed(len(disk.log)) == entries(folder)
+    return disk
+
+
+CHANGES = {
+    "lock": lambda path, schedule: lock_file_in_place(path, KEY, schedule=schedule),
+    "unlock": lambda path, _: unlock_file_in_place(path, KEY),
+}
+
+
+@pytest.fixture
+def change(tmp_path, request, monkeypatch, quick):
+    """A recorded lock or unlock in place, with the old and the new file."""
+    name, schedule = request.param
+    path = write(tmp_path, plain())
+    if name == "unlock":
+        lock_file_in_place(path, KEY, schedule=schedule)
+    old = path.read_bytes()
+    disk = recorded(tmp_path, monkeypatch, CHANGES[name], path, schedule)
+    return disk, old, path.read_bytes()
+
+
+every_change = pytest.mark.parametrize(
+    "change", [("lock", "counter"), ("unlock", "counter"), ("lock", "expansion")], indirect=True, ids="-".join
+)
+
+
+def check_recovery(folder, content, old, new, undo, *, log=None):
+    """Recover files as a crash left them; the result must be one of the two, and nothing else may be there."""
+    fill(folder, content)
+    mixed = JOURNAL in content
+    if not mixed:
+        assert content[NAME] in (old, new)
+    else:
+        with pytest.raises(InterruptedLockError):
+            read_header(folder / NAME)
+    header = recover_file(folder / NAME, KEY, undo=undo)
+    expected = content[NAME] if not mixed else old if undo else new
+    assert entries(folder) == {NAME: expected}
+    assert (header is None) == (expected == plain())
+
+
+@every_change
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_crash_at_every_step(tmp_path, change, undo):
+    disk, old, new = change
+    found = []
+    for count in range(len(disk.log) + 1):
+        content = disk.crashed(count)
+        check_recovery(tmp_path, content, old, new, undo)
+        found.append(JOURNAL in content)
+    assert len(found) > 25
+    assert sum(found) > 15
+
+
+@every_change
+def test_a_loss_of_power_at_every_step(tmp_path, change, quick):
+    disk, old, new = change
+    lost = random.Random(7)
+    for count in range(len(disk.log) + 1):
+        for turn in range(20):
+            check_recovery(tmp_path, disk.crashed(count, lost), old, new, turn % 2 == 0)
+
+
+@every_change
+def test_crashes_while_recovering(tmp_path, change, monkeypatch, quick):
+    """In one direction and then in any other, with power lost as well."""
+    disk, old, new = change
+    lost = random.Random(8)
+    counts = [count for count in range(len(disk.log)) if JOURNAL in disk.crashed(count)]
+    for count in lost.sample(counts, 20):
+        content = disk.crashed(count, lost)
+        for depth in range(3):
+            if JOURNAL not in content:
+                break
+            fill(tmp_path, content)
+            undo = lost.random() < 0.5
+            again = recorded(tmp_path, monkeypatch, recover_file, tmp_path / NAME, KEY, undo=undo)
+            assert entries(tmp_path) == {NAME: old if undo else new}
+            for _ in range(6):
+                after = again.crashed(lost.randint(0, len(again.log)), lost)
+                if JOURNAL not in after:
+                    assert after[NAME] == (old if undo else new)
+                check_recovery(tmp_path, after, old, new, lost.random() < 0.5)
+            content = again.crashed(lost.randint(0, len(again.log) - 8), lost if depth else None)
