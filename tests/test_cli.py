@@ -37,7 +37,7 @@ from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
 from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES
 
-COMMANDS = ("keygen", "lock", "unlock", "rekey", "verify", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
+COMMANDS = ("keygen", "lock", "unlock", "recover", "rekey", "verify", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
 KEY, OTHER_KEY = KEYS[256], KEYS[256][::-1]
 
 
@@ -116,8 +116,9 @@ def test_help(run):
 
 OPTIONS = {
     "keygen": "KEYFILE --bits",
-    "lock": "IN OUT --key --threads --schedule --sbox --only --no-seal",
-    "unlock": "IN OUT --key --threads",
+    "lock": "IN OUT --in-place --key --threads --schedule --sbox --only --no-seal",
+    "unlock": "IN OUT --in-place --key --threads",
+    "recover": "FILE --undo --key --threads",
     "rekey": "IN OUT --key --new-key --threads",
     "verify": "FILE --key --threads",
     "inspect": "FILE",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import random
 import secrets
 import stat
 import sys
+import time
 from functools import cache
 
+import processes
 import pytest
 import safetensors.numpy
 from hypothesis import given, settings
@@ -16,9 +20,16 @@ from hypothesis import strategies as st
 from support import BITS, KEYS, SCHEDULES, painted
 
 from deeplock_kernels import errors
-from deeplock_kernels.checkpoints import journal, streaming
+from deeplock_kernels.checkpoints import inplace, journal, streaming
 from deeplock_kernels.checkpoints.inplace import lock_file_in_place, recover_file, unlock_file_in_place
-from deeplock_kernels.checkpoints.streaming import lock_file, read_header, unlock_file, verify_file
+from deeplock_kernels.checkpoints.streaming import (
+    lock_file,
+    read_header,
+    read_layout,
+    unlock_file,
+    verify_file,
+)
+from deeplock_kernels.cli import main
 from deeplock_kernels.errors import (
     AlreadyLockedError,
     ContainerError,
@@ -28,6 +39,7 @@ from deeplock_kernels.errors import (
     TamperedError,
     WrongKeyError,
 )
+from deeplock_kernels.keys import MasterKey
 from deeplock_kernels.sboxes import SBox
 
 KEY = KEYS[256]
@@ -550,3 +562,210 @@ def test_crashes_while_recovering(tmp_path, change, monkeypatch, quick):
                     assert after[NAME] == (old if undo else new)
                 check_recovery(tmp_path, after, old, new, lost.random() < 0.5)
             content = again.crashed(lost.randint(0, len(again.log) - 8), lost if depth else None)
+
+
+# Going wrong without a crash
+
+
+MUTATING = ("open", "pwrite", "preadv", "ftruncate", "posix_fallocate", "fsync", "replace")
+
+
+class Fault:
+    """Lets one call of the operating system fail; those after it work again, or none does.
+
+    Parameters
+    ----------
+    count
+        Which call; 0 is the first one.
+    error
+        Gives what is raised.
+    lasting
+        Whether all writes after it fail as well.
+    """
+
+    def __init__(self, monkeypatch, count, error, *, lasting=False, names=MUTATING):
+        self.left, self._error, self._lasting, self.hit = count, error, lasting, None
+        for name in names:
+            monkeypatch.setattr(os, name, self._failing(name, getattr(os, name)))
+
+    def _failing(self, name, original):
+        def call(*arguments, **keywords):
+            self.left -= 1
+            if self.left == -1 or (self._lasting and self.left < 0 and name != "preadv"):
+                self.hit = self.hit or name
+                raise self._error()
+            return original(*arguments, **keywords)
+
+        return call
+
+
+def no_space():
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def broken():
+    return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("function", [lock_file_in_place, unlock_file_in_place])
+@pytest.mark.parametrize("error", [no_space, broken, KeyboardInterrupt])
+def test_any_call_may_fail_and_the_file_is_as_it_was(tmp_path, quick, fixed_salt, monkeypatch, function, error):
+    (tmp_path / "source").write_bytes(plain())
+    lock_file(tmp_path / "source", tmp_path / NAME, KEY)
+    os.unlink(tmp_path / "source")
+    locked = (tmp_path / NAME).read_bytes()
+    old = plain() if function is lock_file_in_place else locked
+    seen, finished = set(), 0
+    for count in itertools.count():
+        path = write(tmp_path, old)
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, count, error)
+            raised = None
+            try:
+                function(path, KEY)
+            except (FileAccessError, KeyboardInterrupt) as caught:
+                raised = caught
+        if fault.hit is None:
+            break
+        if raised is not None and path.read_bytes() == old:
+            seen.add(fault.hit)
+            assert type(raised) is (KeyboardInterrupt if error is KeyboardInterrupt else FileAccessError)
+            assert getattr(raised, "errno", None) == getattr(error(), "errno", None)
+            assert entries(tmp_path) == {NAME: old}
+        else:  # what fails while the journal is cleared away is left out, and an interruption comes too late
+            finished += 1
+            assert path.read_bytes() == (locked if function is lock_file_in_place else plain())
+            assert (raised is None) == (error is not KeyboardInterrupt)
+            assert entries(tmp_path).keys() == {NAME}
+    assert finished < 9
+    assert seen >= {"pwrite", "preadv", "ftruncate", "posix_fallocate", "fsync", "replace"}
+
+
+@pytest.mark.parametrize("undo", [False, True])
+@pytest.mark.parametrize("function", [lock_file_in_place, unlock_file_in_place])
+def test_a_disk_that_fails_for_good_leaves_what_can_be_recovered(tmp_path, quick, monkeypatch, function, undo):
+    path = write(tmp_path, plain())
+    if function is unlock_file_in_place:
+        lock_file_in_place(path, KEY)
+    old, left = path.read_bytes(), 0
+    for count in range(0, 60, 3):
+        write(tmp_path, old)
+        with monkeypatch.context() as patch:
+            Fault(patch, count, broken, lasting=True, names=("pwrite", "ftruncate", "posix_fallocate", "replace"))
+            try:
+                function(path, KEY)
+                break
+            except (FileAccessError, InterruptedLockError) as error:
+                raised = error
+        assert str(raised).startswith(f"{path}: ")
+        assert isinstance(raised, InterruptedLockError) == (JOURNAL in entries(tmp_path))
+        if JOURNAL in entries(tmp_path):
+            left += 1
+            recover_file(path, KEY, undo=undo)
+            assert (path.read_bytes() == old) == undo
+        else:
+            assert path.read_bytes() == old
+            recover_file(path, KEY)
+        assert entries(tmp_path).keys() == {NAME}
+    assert left > 3
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_short_reads_and_writes(tmp_path, quick, monkeypatch, most):
+    path = write(tmp_path, plain()[:])
+    pwrite, preadv = os.pwrite, os.preadv
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda file, data, position: pwrite(file, data[:most], position))
+        patch.setattr(os, "preadv", lambda file, views, position: preadv(file, [views[0][:most]], position))
+        header = lock_file_in_place(path, KEY)
+    assert verify_file(path, KEY) == header
+    unlock_file_in_place(path, KEY)
+    assert path.read_bytes() == plain()
+
+
+def test_too_little_space_is_noticed_before_a_byte_changes(tmp_path, monkeypatch):
+    """For the file, and for the journal."""
+    path = write(tmp_path, plain())
+
+    def full(*_):
+        raise no_space()
+
+    for module, name in ((inplace, "reserve"), (os, "posix_fallocate")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            patch.setattr(os, "pwrite", crash)
+            refused(tmp_path, FileAccessError, "there is no space left", lock_file_in_place, path, KEY)
+
+
+# Processes that are killed
+
+KILLED = """
+import os, sys
+from deeplock_kernels.checkpoints import streaming
+from deeplock_kernels.checkpoints.inplace import lock_file_in_place, recover_file, unlock_file_in_place
+streaming.WINDOW = 4096
+path, key = sys.argv[1], bytes.fromhex(sys.argv[2])
+print("ready", flush=True)
+while True:
+    print("lock", flush=True)
+    lock_file_in_place(path, key)
+    print("unlock", flush=True)
+    unlock_file_in_place(path, key)
+"""
+
+
+def test_a_process_is_killed_at_any_moment(tmp_path):
+    raw = safetensors.numpy.save({"a": painted(50_001), "b": painted(20_000)})
+    path = write(tmp_path, raw)
+    moments, interrupted_ones = random.Random(5), 0
+    for turn in range(12):
+        process = processes.Process(KILLED, path, KEY.hex())
+        process.wait_for_line("ready\n")
+        time.sleep(moments.uniform(0.02, 0.25))
+        process.kill()
+        interrupted_ones += (tmp_path / JOURNAL).exists()
+        if not (tmp_path / JOURNAL).exists():
+            read_layout(path)
+        undo = turn % 2 == 0
+        if recover_file(path, KEY, undo=undo) is not None:
+            verify_file(path, KEY)
+            unlock_file_in_place(path, KEY)
+        assert path.read_bytes() == raw
+        assert os.listdir(tmp_path) == [NAME]
+    assert interrupted_ones > 3
+
+
+# The command
+
+
+def test_the_command(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    MasterKey.from_bytes(KEY).to_file("key")
+    write(tmp_path, plain())
+    assert main(["lock", "--in-place", NAME, "--key", "key", "--only", "a"]) == 0
+    assert capsys.readouterr().out == f"{NAME}: 1 tensors locked and sealed, 1,500 bytes\n"
+    assert main(["lock", NAME, "--in-place", "--key", "key"]) == 1
+    assert "it is locked already" in capsys.readouterr().err
+    assert main(["unlock", "--key", "key", NAME, "--in-pl"]) == 0
+    assert capsys.readouterr().out == f"{NAME}: unlocked\n"
+    interrupted(tmp_path)
+    for command in (["lock", NAME, "--in-place"], ["unlock", NAME, "new"], ["verify", NAME]):
+        assert main([*command, "--key", "key"]) == 1
+        assert "`deeplock recover` finishes it, or takes it back with --undo" in capsys.readouterr().err
+    assert main(["recover", NAME, "--key", "key", "--undo"]) == 0
+    assert capsys.readouterr().out == f"{NAME}: whole, not locked\n"
+    assert (tmp_path / NAME).read_bytes() == plain()
+    interrupted(tmp_path)
+    assert main(["recover", NAME, "--key", "key"]) == 0
+    assert main(["recover", NAME, "--key", "key"]) == 0
+    assert capsys.readouterr().out == f"{NAME}: whole, locked\n" * 2
+    verify_file(NAME, KEY)
+    assert sorted(os.listdir()) == ["key", NAME]
+
+
+@pytest.mark.parametrize("command", ["lock", "unlock"])
+def test_the_command_wants_either_a_file_or_in_place(tmp_path, capsys, command):
+    for words in ([NAME], [NAME, "out", "--in-place"], ["--", NAME, "--in-place", "--key"]):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--key", "key", *words])
+        assert end.value.code == 2

@@ -348,7 +348,7 @@ class _Work:
     ) -> None:
         self._file, self._format, self._layout, self._change = file, known, layout, change
         self._lock, self._threads, self._progress = lock, threads, progress
-        self._names = lock.header.tensors
+        self._names, self._begun = lock.header.tensors, False
         self._seals = dict.fromkeys(self._names, 0)
         self._steps = [
             step
@@ -383,6 +383,7 @@ class _Work:
 
     def go_on(self, journal: Journal, *, undo: bool = False) -> None:
         """Finish the change of a journal, or take it back."""
+        self._begun = True
         descriptor, change, newest = self._file.descriptor, self._change, journal.newest
         largest = max(change.size, change.new_size)
         if os.fstat(descriptor).st_size < largest:
@@ -409,10 +410,10 @@ class _Work:
     def _give_up(self) -> None:
         """Leave a file that was not touched yet, or is finished, without what was made for the change."""
         descriptor = self._file.descriptor
-        remove_leftover(self._file.path)
-        status = os.fstat(descriptor)
-        os.ftruncate(descriptor, status.st_size)  # frees what was set aside
-        if status.st_mtime_ns == self._change.modified:
+        with suppress(OSError):
+            remove_leftover(self._file.path)
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # frees what was set aside
+        if not self._begun:
             self._restore_time()
 
     def compare_seals(self) -> None:

@@ -29,10 +29,10 @@ from deeplock_kernels.checkpoints.formats.safetensors_table import entry, read_t
 from deeplock_kernels.checkpoints.streaming import lock_file
 from deeplock_kernels.keys import MasterKey
 
-COMMANDS = ["keygen", "lock", "unlock", "verify", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]
+COMMANDS = ["keygen", "lock", "unlock", "recover", "verify", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]
 OPTIONS = [
     "--key", "--threads", "--schedule", "--sbox", "--only", "--bits", "--size", "--rounds",
-    "--tier", "--into", "--no-seal", "--quick", "--help", "--version", "--",
+    "--tier", "--into", "--in-place", "--undo", "--no-seal", "--quick", "--help", "--version", "--",
 ]  # fmt: skip
 NAMES = [
     "plain", "locked", "expansion", "unsealed", "altered", "cut", "key", "other.key", "short.key", "empty", "folder",
@@ -94,7 +94,7 @@ def _check_done(
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     try:
         with redirect_stdout(io.StringIO()):
-            parsed = _parser().parse_args(arguments)
+            parsed = _parser(in_place=cli._in_place(arguments)).parse_args(arguments)
     except SystemExit:  # help, or the version
         assert not changed
         return
@@ -104,7 +104,8 @@ def _check_done(
         assert not changed
         assert command != "_verify" or folder.real(parsed.file) in SEALED
         return
-    target = folder.real(getattr(parsed, written))
+    path = parsed.input if getattr(parsed, "in_place", False) else getattr(parsed, written)
+    target = folder.real(path)
     assert changed <= {target}
     assert "key" not in parsed or target != folder.real(parsed.key), "the key is gone"
     if command == "_keygen":
@@ -112,7 +113,7 @@ def _check_done(
         assert re.fullmatch(rb"[0-9a-f]+\n", after[target])
         assert len(after[target]) == parsed.bits // 4 + 1
     elif command == "_lock":
-        code, _, err = folder.run(["unlock", f"--key={parsed.key}", "--", parsed.output, "unlocked again"])
+        code, _, err = folder.run(["unlock", f"--key={parsed.key}", "--", path, "unlocked again"])
         assert code == cli.DONE, err
         assert folder.content()["unlocked again"] == before[folder.real(parsed.input)]
     else:
@@ -196,10 +197,10 @@ def _content(path: Path) -> bytes:
 
 
 @functools.cache
-def _parser() -> argparse.ArgumentParser:
-    """Give the parser of command lines, made once since that takes longer than its use."""
+def _parser(*, in_place: bool) -> argparse.ArgumentParser:
+    """Give a parser of command lines, made once since that takes longer than its use."""
     with mock.patch.multiple(cli, **dict.fromkeys(("_bench", "_demo", "_warmup"), _nothing)):
-        return _new_parser()
+        return _new_parser(in_place=in_place)
 
 
 def _nothing(_arguments: object) -> Iterator[str]:
