@@ -364,7 +364,7 @@ class Disk:
     def __init__(self, folder, monkeypatch):
         self.log = []  # (operation, file number or None, arguments)
         self.start = entries(folder)
-        self._folder, self._files, self._names = os.fspath(folder), {}, {}
+        self._folder, self._names = os.fspath(folder), {}
         for number, name in enumerate(sorted(self.start)):
             self._names[os.stat(os.path.join(self._folder, name)).st_ino] = number
         self._originals = {}
@@ -372,41 +372,47 @@ class Disk:
             self._originals[name] = getattr(os, name)
             monkeypatch.setattr(os, name, getattr(self, f"_{name}"))
 
-    def _number(self, descriptor):
-        return self._names.setdefault(os.fstat(descriptor).st_ino, len(self._names))
+    def _record(self, operation, descriptor, *arguments):
+        """Of other files, such as those that hold compiled kernels, nothing is recorded."""
+        number = self._names.get(os.fstat(descriptor).st_ino)
+        if number is not None:
+            self.log.append((operation, number, *arguments))
 
     def _open(self, path, flags, *mode):
         descriptor = self._originals["open"](path, flags, *mode)
-        if flags & os.O_CREAT:
+        if flags & os.O_CREAT and os.path.dirname(path) == self._folder:
             assert flags & os.O_EXCL
-            self._names.pop(os.fstat(descriptor).st_ino, None)  # of a file that is gone
             self._names[os.fstat(descriptor).st_ino] = number = 100 + len(self.log)
             self.log.append(("create", None, os.path.basename(path), number))
         return descriptor
 
     def _pwrite(self, descriptor, data, position):
-        self.log.append(("write", self._number(descriptor), position, bytes(data)))
+        self._record("write", descriptor, position, bytes(data))
         return self._originals["pwrite"](descriptor, data, position)
 
     def _ftruncate(self, descriptor, size):
-        self.log.append(("resize", self._number(descriptor), size))
+        self._record("resize", descriptor, size)
         return self._originals["ftruncate"](descriptor, size)
 
     def _posix_fallocate(self, descriptor, start, nbytes):
-        self.log.append(("extend", self._number(descriptor), start + nbytes))
+        self._record("extend", descriptor, start + nbytes)
         return self._originals["posix_fallocate"](descriptor, start, nbytes)
 
     def _fsync(self, descriptor):
-        directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        self.log.append(("flush", None if directory else self._number(descriptor)))
+        if os.path.samestat(os.fstat(descriptor), os.stat(self._folder)):
+            self.log.append(("flush", None))
+        else:
+            self._record("flush", descriptor)
 
     def _replace(self, source, target):
-        self.log.append(("rename", None, os.path.basename(source), os.path.basename(target)))
+        if os.path.dirname(source) == self._folder:
+            self.log.append(("rename", None, os.path.basename(source), os.path.basename(target)))
         return self._originals["replace"](source, target)
 
     def _unlink(self, path):
         self._originals["unlink"](path)
-        self.log.append(("remove", None, os.path.basename(path)))
+        if os.path.dirname(path) == self._folder:
+            self.log.append(("remove", None, os.path.basename(path)))
 
     def crashed(self, count, lost=None):
         """Give the files after so many operations.
@@ -610,10 +616,10 @@ def broken():
 @pytest.mark.parametrize("function", [lock_file_in_place, unlock_file_in_place])
 @pytest.mark.parametrize("error", [no_space, broken, KeyboardInterrupt])
 def test_any_call_may_fail_and_the_file_is_as_it_was(tmp_path, quick, fixed_salt, monkeypatch, function, error):
-    (tmp_path / "source").write_bytes(plain())
-    lock_file(tmp_path / "source", tmp_path / NAME, KEY)
-    os.unlink(tmp_path / "source")
-    locked = (tmp_path / NAME).read_bytes()
+    path = write(tmp_path, plain())
+    lock_file_in_place(path, KEY)
+    locked = path.read_bytes()
+    unlock_file_in_place(path, KEY)  # so that no kernel has to be made below
     old = plain() if function is lock_file_in_place else locked
     seen, finished = set(), 0
     for count in itertools.count():
@@ -645,8 +651,9 @@ def test_any_call_may_fail_and_the_file_is_as_it_was(tmp_path, quick, fixed_salt
 @pytest.mark.parametrize("function", [lock_file_in_place, unlock_file_in_place])
 def test_a_disk_that_fails_for_good_leaves_what_can_be_recovered(tmp_path, quick, monkeypatch, function, undo):
     path = write(tmp_path, plain())
-    if function is unlock_file_in_place:
-        lock_file_in_place(path, KEY)
+    lock_file_in_place(path, KEY)
+    if function is lock_file_in_place:
+        unlock_file_in_place(path, KEY)
     old, left = path.read_bytes(), 0
     for count in range(0, 60, 3):
         write(tmp_path, old)
