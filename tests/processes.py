@@ -62,16 +62,6 @@ class Process:
         assert errors is None or error == errors, error
         return output
 
-    def wait_for_line(self, line):
-        """Read the next line that it writes, which must be this one."""
-        read = self._process.stdout.readline()
-        assert read == line, read or self._process.stderr.read()
-
-    def kill(self):
-        """End it without a warning."""
-        self._process.kill()
-        self._process.communicate()
-
 
 def run(program, *arguments, timeout=_HANGS, **keywords):
     """Run a program to its end in a fresh process; it must succeed and write nothing to stderr. Give its stdout."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import itertools
+import operator
 import os
 import random
 import secrets
 import stat
 import sys
-import time
-from functools import cache
+import zlib
 
 import processes
 import pytest
@@ -21,11 +23,11 @@ from support import BITS, KEYS, SCHEDULES, painted
 
 from deeplock_kernels import errors
 from deeplock_kernels.checkpoints import inplace, journal, streaming
+from deeplock_kernels.checkpoints.formats.base import Edit, Layout, TensorEntry
 from deeplock_kernels.checkpoints.inplace import lock_file_in_place, recover_file, unlock_file_in_place
 from deeplock_kernels.checkpoints.streaming import (
     lock_file,
     read_header,
-    read_layout,
     unlock_file,
     verify_file,
 )
@@ -59,7 +61,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@cache
+@functools.cache
 def plain() -> bytes:
     tensors = {"a": painted(1500), "b": painted(777, 5), "c": painted(0), "d": painted(1000, 3)}
     return safetensors.numpy.save(tensors, {"x": "y"})
@@ -707,39 +709,46 @@ def test_too_little_space_is_noticed_before_a_byte_changes(tmp_path, monkeypatch
 # Processes that are killed
 
 KILLED = """
-import os, sys
+import os, random, signal, sys, time
 from deeplock_kernels.checkpoints import streaming
 from deeplock_kernels.checkpoints.inplace import lock_file_in_place, recover_file, unlock_file_in_place
-streaming.WINDOW = 4096
-path, key = sys.argv[1], bytes.fromhex(sys.argv[2])
-print("ready", flush=True)
-while True:
-    print("lock", flush=True)
-    lock_file_in_place(path, key)
-    print("unlock", flush=True)
-    unlock_file_in_place(path, key)
+
+streaming.WINDOW = 8192
+path, key, turns = sys.argv[1], bytes.fromhex(sys.argv[2]), int(sys.argv[3])
+moments, interrupted = random.Random(5), 0
+with open(path, "rb") as file:
+    plain = file.read()
+
+def change():
+    lock_file_in_place(path, key, threads=1)
+    unlock_file_in_place(path, key, threads=1)
+
+change()
+start = time.perf_counter()
+change()
+takes = time.perf_counter() - start
+for turn in range(turns):
+    process = os.fork()
+    if not process:
+        while True:
+            change()
+    time.sleep(moments.uniform(0, 2 * takes))
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    interrupted += len([name for name in os.listdir() if name.endswith("deeplock-journal")])
+    if recover_file(path, key, undo=turn % 2 == 0, threads=1) is not None:
+        unlock_file_in_place(path, key, threads=1)  # compares all seals
+    with open(path, "rb") as file:
+        assert file.read() == plain, turn
+    assert os.listdir() == [path], turn
+print(interrupted)
 """
 
 
 def test_a_process_is_killed_at_any_moment(tmp_path):
-    raw = safetensors.numpy.save({"a": painted(50_001), "b": painted(20_000)})
-    path = write(tmp_path, raw)
-    moments, interrupted_ones = random.Random(5), 0
-    for turn in range(12):
-        process = processes.Process(KILLED, path, KEY.hex())
-        process.wait_for_line("ready\n")
-        time.sleep(moments.uniform(0.02, 0.25))
-        process.kill()
-        interrupted_ones += (tmp_path / JOURNAL).exists()
-        if not (tmp_path / JOURNAL).exists():
-            read_layout(path)
-        undo = turn % 2 == 0
-        if recover_file(path, KEY, undo=undo) is not None:
-            verify_file(path, KEY)
-            unlock_file_in_place(path, KEY)
-        assert path.read_bytes() == raw
-        assert os.listdir(tmp_path) == [NAME]
-    assert interrupted_ones > 3
+    write(tmp_path, safetensors.numpy.save({"a": painted(30_001), "b": painted(10_000)}))
+    interrupted_ones = int(processes.run(KILLED, NAME, KEY.hex(), 30, cwd=tmp_path))
+    assert interrupted_ones > 12
 
 
 # The command
@@ -776,3 +785,102 @@ def test_the_command_wants_either_a_file_or_in_place(tmp_path, capsys, command):
         with pytest.raises(SystemExit) as end:
             main([command, "--key", "key", *words])
         assert end.value.code == 2
+
+
+# Another format, whose parts move each by another distance
+
+
+class Chained:
+    """A file of links: the length of the lock header and that itself, then tensors each behind its name and length.
+
+    Behind each tensor are bytes that are one or two more while the file is locked, and at the end is a checksum.
+    """
+
+    name = "chained"
+
+    def matches(self, start):
+        return start.startswith(b"CHAINED")
+
+    def read(self, file, size, source):
+        assert file.read(7) == b"CHAINED"
+        length = int.from_bytes(file.read(2), "big")
+        header = file.read(length).decode() or None
+        tensors, gaps = {}, [(7, 9 + length, 0)]
+        while file.tell() < size - 4:
+            name, nbytes = file.read(1).decode(), int.from_bytes(file.read(2), "big")
+            start = file.tell()
+            file.seek(nbytes, os.SEEK_CUR)
+            more = 1 + len(tensors) % 2
+            padding = file.read(more * (header is not None))
+            assert padding == b"-" * len(padding)
+            tensors[name] = TensorEntry(name, "U8", (nbytes,), start, start + nbytes)
+            gaps.append((start + nbytes, start + nbytes + len(padding), more))
+        detail = [*gaps, (size - 4, size, None)]
+        sums = [(tensor.start, tensor.stop) for tensor in tensors.values()]
+        return Layout(source, size, tensors, header, '{"chained":1}', (), sums, detail)
+
+    def edits(self, layout, header, checksums):
+        text = (header or "").encode()
+        first, *gaps, last = layout.detail
+        edits = [Edit(first[0], first[1], len(text).to_bytes(2, "big") + text)]
+        edits += [Edit(start, stop, b"-" * more if header is not None else b"") for start, stop, more in gaps]
+        return [*edits, Edit(last[0], last[1], functools.reduce(operator.xor, checksums, 7).to_bytes(4, "big"))]
+
+
+CHAINED = Chained()
+
+
+def chained() -> bytes:
+    tensors = {"a": bytes(painted(700)), "b": bytes(painted(2100, 5)), "c": b"", "d": bytes(painted(900, 3))}
+    links = [name.encode() + len(data).to_bytes(2, "big") + data for name, data in tensors.items()]
+    total = functools.reduce(operator.xor, map(zlib.crc32, tensors.values()), 7)
+    return b"CHAINED\0\0" + b"".join(links) + total.to_bytes(4, "big")
+
+
+@pytest.fixture
+def recognised(monkeypatch):
+    for module in (inplace, streaming):
+        monkeypatch.setattr(module, "recognise", lambda start: CHAINED)
+
+
+@pytest.mark.parametrize("only", [None, "b"])
+@pytest.mark.parametrize("name", ["lock", "unlock"])
+def test_crashes_with_a_format_that_is_read_here_and_there(
+    tmp_path, quick, monkeypatch, fixed_salt, recognised, name, only
+):
+    (tmp_path / "source").write_bytes(chained())
+    lock_file(tmp_path / "source", tmp_path / "target", KEY, only=only)
+    locked = (tmp_path / "target").read_bytes()
+    fill(tmp_path, {NAME: chained() if name == "lock" else locked})
+    function = functools.partial(lock_file_in_place, only=only) if name == "lock" else unlock_file_in_place
+    disk = recorded(tmp_path, monkeypatch, function, tmp_path / NAME, KEY)
+    old, new = (chained(), locked) if name == "lock" else (locked, chained())
+    assert entries(tmp_path) == {NAME: new}
+    lost = random.Random(9)
+    for count in range(len(disk.log) + 1):
+        for turn in range(6):
+            content = disk.crashed(count, lost if turn > 1 else None)
+            if JOURNAL not in content:
+                assert content[NAME] in (old, new)
+                continue
+            undo = turn % 2 == 0
+            fill(tmp_path, content)
+            if turn == 3:  # on its way into the other direction it is interrupted again
+                again = recorded(tmp_path, monkeypatch, recover_file, tmp_path / NAME, KEY, undo=not undo)
+                content = again.crashed(lost.randint(0, len(again.log)), lost)
+                fill(tmp_path, content)
+                undo = undo if JOURNAL in content else not undo
+            recover_file(tmp_path / NAME, KEY, undo=undo)
+            if JOURNAL in content:
+                assert entries(tmp_path) == {NAME: old if undo else new}
+            else:
+                assert entries(tmp_path)[NAME] in (old, new)
+
+
+def test_a_model_in_several_files_is_refused(tmp_path, monkeypatch, recognised):
+    path = write(tmp_path, chained())
+    read = Chained.read
+    monkeypatch.setattr(
+        Chained, "read", lambda *arguments: dataclasses.replace(read(*arguments), companions=("weights",))
+    )
+    refused(tmp_path, ContainerError, "a model in several files, as 'weights'", lock_file_in_place, path, KEY)

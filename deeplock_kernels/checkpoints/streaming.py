@@ -493,7 +493,7 @@ def _write(
     check_whole(text)
     checksums: Sequence[int] = [0] * len(layout.checksums)
     edits = model.format.edits(layout, header(), checksums)
-    outputs = []
+    outputs, states = [], [_state(file) for file in model.files]
     with ExitStack() as stack:
         for file in model.files:
             path = beside(text, file.companion) if file.companion else text
@@ -508,12 +508,22 @@ def _write(
             else:
                 checksums = _stream(file, output, tensors, edits, change, set(names), progress, layout.checksums)
         complete()
+        for file, state in zip(model.files, states, strict=True):
+            if _state(file) != state:
+                raise ContainerError(f"{file.path}: it was changed while it was read; nothing was written")
         # Seals, mac and checksums are known only now.
         shift = 0
         for edit in model.format.edits(layout, header(), checksums):
             outputs[0].seek(edit.start + shift)
             outputs[0].write(edit.data)
             shift += len(edit.data) - (edit.stop - edit.start)
+
+
+def _state(file: OpenedFile) -> tuple[int, int]:
+    """Give what another program changes of a file when it writes to it."""
+    with file_errors(file.path, "read"):
+        status = os.fstat(file.file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _stream(
