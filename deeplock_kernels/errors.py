@@ -18,6 +18,7 @@ __all__ = [
     "ExposedKeyWarning",
     "FileAccessError",
     "HeaderError",
+    "InterruptedLockError",
     "KernelError",
     "KeyFormatError",
     "KeySourceError",
@@ -141,6 +142,10 @@ class AlreadyLockedError(DeepLockError, ValueError):
 
 class NotLockedError(DeepLockError, ValueError):
     """The file carries no lock header: there is nothing to unlock."""
+
+
+class InterruptedLockError(DeepLockError, ValueError):
+    """A file is neither old nor new, since a change of it in place was interrupted: recover it first."""
 
 
 class NotSealedError(DeepLockError, ValueError):

@@ -26,7 +26,11 @@ __all__ = [
     "check_distinct",
     "check_regular",
     "file_errors",
+    "flush_directory",
     "path_text",
+    "read_at",
+    "reserve",
+    "write_at",
     "write_new",
 ]
 
@@ -221,7 +225,7 @@ def atomic_output(path: str | os.PathLike[str], *, size_hint: int | None = None)
                 with suppress(OSError):
                     os.fchown(descriptor, before.st_uid, before.st_gid)
                 os.fchmod(descriptor, mode)
-            _reserve(descriptor, size)
+            reserve(descriptor, size)
         # The descriptor stays ours: a block that closes its file must not close what is flushed below.
         file = io.BufferedRandom(io.FileIO(descriptor, "r+", closefd=False))
         try:
@@ -247,7 +251,9 @@ def atomic_output(path: str | os.PathLike[str], *, size_hint: int | None = None)
         if descriptor >= 0:
             with suppress(OSError):
                 os.close(descriptor)
-    _flush_directory(directory)
+    # The new file is in place by now, so that an error could undo nothing.
+    with suppress(OSError):
+        flush_directory(directory)
 
 
 def write_new(path: str | os.PathLike[str], content: bytes, mode: int) -> None:
@@ -306,7 +312,7 @@ def _check_space(path: str, directory: str, size: int) -> None:
         raise access_error(path, "written", error, f" ({size} bytes are needed, {free} are free)")
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def reserve(descriptor: int, size: int) -> None:
     """Set blocks aside without changing the file's length, where the file system can.
 
     `os.posix_fallocate` would make the file longer, and writes every block where the file system cannot.
@@ -345,14 +351,28 @@ def _system_call(name: str, *arguments: int | tuple[int, int]) -> int:
     return ctypes.get_errno() if function(*values) else 0
 
 
-def _flush_directory(directory: str) -> None:
-    """Make the rename durable.
+def flush_directory(directory: str) -> None:
+    """Make durable which names there are in a directory."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    The new file is in place by now, so an error here could undo nothing: it is left out.
-    """
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+def read_at(descriptor: int, position: int, nbytes: int) -> bytearray:
+    """Read bytes of a file; fewer than asked for only where the file ends."""
+    data, done = bytearray(nbytes), 0
+    with memoryview(data) as view:
+        while done < nbytes and (count := os.preadv(descriptor, [view[done:]], position + done)):
+            done += count
+    del data[done:]
+    return data
+
+
+def write_at(descriptor: int, position: int, data: bytes | bytearray) -> None:
+    """Write all of some bytes to a file, however few of them the system takes at once."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(descriptor, rest, position)
+        position, rest = position + written, rest[written:]

@@ -42,7 +42,7 @@ from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES
 
 COMMANDS = (
-    *("keygen", "lock", "unlock", "rekey", "verify", "wrap-key", "rewrap-key"),
+    *("keygen", "lock", "unlock", "recover", "rekey", "verify", "wrap-key", "rewrap-key"),
     *("inspect", "tiers", "sboxes", "warmup", "bench", "demo"),
 )
 KEY, OTHER_KEY = KEYS[256], KEYS[256][::-1]
@@ -274,8 +274,9 @@ SOURCES = "--key --key-env --key-command --passphrase --passphrase-file"
 NEW_SOURCES = SOURCES.replace("--", "--new-")
 OPTIONS = {
     "keygen": "KEYFILE --bits",
-    "lock": f"IN OUT {SOURCES} --wrapped-key --threads --schedule --sbox --only --no-seal",
-    "unlock": f"IN OUT {SOURCES} --wrapped-key --threads",
+    "lock": f"IN OUT --in-place {SOURCES} --wrapped-key --threads --schedule --sbox --only --no-seal",
+    "unlock": f"IN OUT --in-place {SOURCES} --wrapped-key --threads",
+    "recover": f"FILE --undo {SOURCES} --wrapped-key --threads",
     "rekey": f"IN OUT {SOURCES} --wrapped-key {NEW_SOURCES} --new-wrapped-key --threads",
     "verify": f"FILE {SOURCES} --wrapped-key --threads",
     "wrap-key": f"WRAPPED {SOURCES} --bits",

@@ -24,6 +24,7 @@ import numpy as np
 
 from deeplock_kernels.checkpoints.formats import recognise
 from deeplock_kernels.checkpoints.formats.base import Edit, Format, Layout, TensorEntry
+from deeplock_kernels.checkpoints.journal import check_whole
 from deeplock_kernels.errors import (
     AlreadyLockedError,
     ContainerError,
@@ -52,7 +53,7 @@ from deeplock_kernels.tensors import Selection, select
 Path = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
 WINDOW = 16 << 20  # bytes; a multiple of every system's page size
-_START_BYTES = 64  # by which a format is recognised
+START_BYTES = 64  # by which a format is recognised
 
 
 def lock_file(
@@ -279,7 +280,7 @@ def verify_file(path: Path, key: Key, *, threads: int | None = None, progress: P
             for file, edits in _replaced(model):
                 for window in windows(_entries(model.layout, file.companion), file.spans(edits)):
                     with mapped(file, window) as source:
-                        ranges = [one for one in _ranges(window, source, source) if one.name in seals]
+                        ranges = [one for one in ranges_of(window, source, source) if one.name in seals]
                         merge_seals(seals, lock.seals(ranges, count))
                     if progress is not None:
                         progress(window.end - window.begin)
@@ -373,14 +374,17 @@ def opened(path: Path, argument: str = "src") -> Iterator[Model]:
 
     Raises
     ------
+    InterruptedLockError
+        A change of it in place was not finished.
     ContainerError, FileAccessError, ParameterError
         As for `read_layout`.
     """
     text = path_text(path, argument)
+    check_whole(text)
     with ExitStack() as stack:
         main = stack.enter_context(_opened(text, ""))
         with file_errors(text, "read"):
-            start = Hidden(main.file.read(_START_BYTES))  # it may be a key file, by mistake
+            start = Hidden(main.file.read(START_BYTES))  # it may be a key file, by mistake
             main.file.seek(0)
             known = recognise(start)
             layout = known.read(main.file, main.size, text)
@@ -484,7 +488,7 @@ def windows(
         yield Window(0, 0, parts)
 
 
-def _ranges(window: Window, target: int, source: int) -> list[Range]:
+def ranges_of(window: Window, target: int, source: int) -> list[Range]:
     """Give the parts of a window's tensors, whose first bytes lie at these addresses."""
     return [
         Range(tensor.name, target + low - window.begin, source + low - window.begin, high - low, low - tensor.start)
@@ -511,9 +515,10 @@ def _write(
         Is called when all data are written, and may refuse them.
     """
     layout, text = model.layout, path_text(dst, "dst")
+    check_whole(text)
     checksums: Sequence[int] = [0] * len(layout.checksums)
     edits = model.format.edits(layout, header(), checksums)
-    outputs = []
+    outputs, states = [], [_state(file) for file in model.files]
     with ExitStack() as stack:
         for file in model.files:
             path = _target(text, file)
@@ -527,6 +532,9 @@ def _write(
             else:
                 checksums = _stream(file, output, tensors, edits, change, set(names), progress, layout.checksums)
         complete()
+        for file, state in zip(model.files, states, strict=True):
+            if _state(file) != state:
+                raise ContainerError(f"{file.path}: it was changed while it was read; nothing was written")
         # Seals, mac and checksums are known only now.
         shift = 0
         for edit in model.format.edits(layout, header(), checksums):
@@ -550,6 +558,13 @@ def _target(dst: str, file: OpenedFile) -> str:
             "a file in another directory; the data files keep their names"
         ) from None
     return path
+
+
+def _state(file: OpenedFile) -> tuple[int, int]:
+    """Give what another program changes of a file when it writes to it."""
+    with file_errors(file.path, "read"):
+        status = os.fstat(file.file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _stream(
@@ -582,7 +597,7 @@ def _stream(
             behind.wait(1)  # for the window before the last one, whose buffer this is
             target = buffer.ctypes.data
             with mapped(file, window) as source:
-                ranges = [one for one in _ranges(window, target, source) if one.name in chosen]
+                ranges = [one for one in ranges_of(window, target, source) if one.name in chosen]
                 _copy_others(ranges, target, source, length)
                 change(ranges)
             behind.run(partial(write, window, buffer[:length].data))
