@@ -485,7 +485,7 @@ def test_interrupted_while_it_works(folder, run, monkeypatch, error):
     monkeypatch.setattr(checkpoints, "WINDOW", 1000)
     before = snapshot(folder)
     windows = []
-    original = checkpoints._mapped
+    original = checkpoints.mapped
 
     def mapped(*arguments):
         windows.append(len(list(folder.glob(".deeplock-*.tmp"))))
@@ -493,7 +493,7 @@ def test_interrupted_while_it_works(folder, run, monkeypatch, error):
             raise error
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoints, "_mapped", mapped)
+    monkeypatch.setattr(checkpoints, "mapped", mapped)
     for arguments in (LOCK, UNLOCK, REKEY):
         windows.clear()
         code, out, err = run(*arguments.split())

@@ -263,9 +263,9 @@ def verify_file(path: Path, key: Key, *, threads: int | None = None, progress: P
         with lock:
             seals = dict.fromkeys(header.tensors, 0)
             for file, edits in _replaced(model):
-                for window in _windows(_entries(model.layout, file.companion), file.spans(edits)):
-                    with _mapped(file, window) as source:
-                        ranges = [one for one in _ranges(window, source, source) if one.name in seals]
+                for window in windows(_entries(model.layout, file.companion), file.spans(edits)):
+                    with mapped(file, window) as source:
+                        ranges = [one for one in parts_in(window, source, source) if one.name in seals]
                         _add(seals, lock.seals(ranges, count))
                     if progress is not None:
                         progress(window.end - window.begin)
@@ -416,7 +416,7 @@ def _add(seals: Seals, found: Seals) -> None:
         seals[name] ^= seal
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """The bytes begin to end of a file, and the parts of tensors in them: (tensor, first byte, last byte + 1)."""
 
     begin: int
@@ -428,16 +428,18 @@ def _entries(layout: Layout, companion: str) -> list[TensorEntry]:
     return [tensor for tensor in layout.tensors.values() if tensor.companion == companion]
 
 
-def _windows(tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]]) -> Iterator[_Window]:
+def windows(
+    tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]], size: int | None = None
+) -> Iterator[Window]:
     """Cut ranges of a file; a tensor that goes on in the next window is cut at a block of its seal.
 
-    A tensor without bytes is a part of the first window, wherever it lies: it has a seal too.
+    A window has at most `size` bytes, by default `WINDOW`. A tensor without bytes is a part of the first window, wherever it lies: it has a seal too.
     """
     waiting = deque(tensor for tensor in tensors if tensor.nbytes)
     parts = [(tensor, tensor.start, tensor.start) for tensor in tensors if not tensor.nbytes]
     for begin, stop in spans:
         while begin < stop:
-            end = min(begin + WINDOW, stop)
+            end = min(begin + (size or WINDOW), stop)
             while waiting and waiting[0].start < end:
                 tensor = waiting[0]
                 low = max(tensor.start, begin)
@@ -448,13 +450,13 @@ def _windows(tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]]) -
                     break
                 parts.append((tensor, low, tensor.stop))
                 waiting.popleft()
-            yield _Window(begin, end, parts)
+            yield Window(begin, end, parts)
             begin, parts = end, []
     if parts:
-        yield _Window(0, 0, parts)
+        yield Window(0, 0, parts)
 
 
-def _ranges(window: _Window, target: int, source: int) -> list[Range]:
+def parts_in(window: Window, target: int, source: int) -> list[Range]:
     """Give the parts of a window's tensors, whose first bytes lie at these addresses."""
     return [
         Range(tensor.name, target + low - window.begin, source + low - window.begin, high - low, low - tensor.start)
@@ -520,23 +522,23 @@ def _stream(
     buffers = [np.empty(min(WINDOW, file.size), np.uint8) for _ in range(2)]
     sums, waiting = [0] * len(summed), deque(edits)
 
-    def write(window: _Window, data: memoryview) -> None:
+    def write(window: Window, data: memoryview) -> None:
         for i, (start, stop) in enumerate(summed):
             low, high = max(start, window.begin), min(stop, window.end)
             if low < high:
                 sums[i] = zlib.crc32(data[low - window.begin : high - window.begin], sums[i])
         output.write(data)
 
-    with _Behind() as behind:
-        for turn, window in enumerate(_windows(tensors, file.spans(edits))):
+    with Behind() as behind:
+        for turn, window in enumerate(windows(tensors, file.spans(edits))):
             while waiting and waiting[0].start <= window.begin:
                 behind.run(partial(output.write, waiting.popleft().data))
             buffer, length = buffers[turn % 2], window.end - window.begin
             behind.wait(1)  # for the window before the last one, whose buffer this is
             target = buffer.ctypes.data
-            with _mapped(file, window) as source:
-                ranges = [one for one in _ranges(window, target, source) if one.name in chosen]
-                _copy_others(ranges, target, source, length)
+            with mapped(file, window) as source:
+                ranges = [one for one in parts_in(window, target, source) if one.name in chosen]
+                copy_others(ranges, target, source, length)
                 change(ranges)
             behind.run(partial(write, window, buffer[:length].data))
             if progress is not None:
@@ -547,7 +549,7 @@ def _stream(
     return sums
 
 
-def _copy_others(ranges: list[Range], target: int, source: int, length: int) -> None:
+def copy_others(ranges: list[Range], target: int, source: int, length: int) -> None:
     """Copy what lies between ranges, which are in order but for those without bytes."""
     position = 0
     for one in filter(lambda one: one.nbytes, ranges):
@@ -557,10 +559,10 @@ def _copy_others(ranges: list[Range], target: int, source: int, length: int) -> 
     ctypes.memmove(target + position, source + position, length - position)
 
 
-class _Behind:
+class Behind:
     """Runs work one after the other on a thread of its own, or here where none is to be had."""
 
-    def __enter__(self) -> _Behind:
+    def __enter__(self) -> Behind:
         self._executor = ThreadPoolExecutor(1, "deeplock-write")
         self._running: deque[Future[object]] = deque()
         return self
@@ -583,7 +585,7 @@ class _Behind:
 
 
 @contextmanager
-def _mapped(file: OpenedFile, window: _Window) -> Iterator[int]:
+def mapped(file: OpenedFile, window: Window) -> Iterator[int]:
     """Map a window of a file and give its address."""
     if window.begin == window.end:
         yield 0
@@ -593,11 +595,11 @@ def _mapped(file: OpenedFile, window: _Window) -> Iterator[int]:
         if os.fstat(file.file.fileno()).st_size < file.size:
             raise ContainerError(f"{file.path}: it became shorter while it was read; nothing was written")
         try:
-            mapped = mmap.mmap(file.file.fileno(), window.end - aligned, access=mmap.ACCESS_READ, offset=aligned)
+            mapped_bytes = mmap.mmap(file.file.fileno(), window.end - aligned, access=mmap.ACCESS_READ, offset=aligned)
         except ValueError:  # it became shorter just now
             raise ContainerError(f"{file.path}: it became shorter while it was read; nothing was written") from None
-    with mapped:
-        view = np.frombuffer(mapped, np.uint8)
+    with mapped_bytes:
+        view = np.frombuffer(mapped_bytes, np.uint8)
         try:
             yield view.ctypes.data + window.begin - aligned
         finally:
