@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "deeplock_kernels.checkpoints.sharded": (
+        "lock_checkpoint",
+        "rekey_checkpoint",
+        "unlock_checkpoint",
+        "verify_checkpoint",
+    ),
     "deeplock_kernels.checkpoints.streaming": (
         "lock_file",
         "read_header",
@@ -34,6 +40,10 @@ _HOME_BY_NAME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_BY_NAME)]
 
 if TYPE_CHECKING:
+    from deeplock_kernels.checkpoints.sharded import lock_checkpoint as lock_checkpoint
+    from deeplock_kernels.checkpoints.sharded import rekey_checkpoint as rekey_checkpoint
+    from deeplock_kernels.checkpoints.sharded import unlock_checkpoint as unlock_checkpoint
+    from deeplock_kernels.checkpoints.sharded import verify_checkpoint as verify_checkpoint
     from deeplock_kernels.checkpoints.streaming import lock_file as lock_file
     from deeplock_kernels.checkpoints.streaming import read_header as read_header
     from deeplock_kernels.checkpoints.streaming import rekey_file as rekey_file

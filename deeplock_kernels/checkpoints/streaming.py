@@ -433,7 +433,8 @@ def windows(
 ) -> Iterator[Window]:
     """Cut ranges of a file; a tensor that goes on in the next window is cut at a block of its seal.
 
-    A window has at most `size` bytes, by default `WINDOW`. A tensor without bytes is a part of the first window, wherever it lies: it has a seal too.
+    A window has at most `size` bytes, by default `WINDOW`. A tensor without bytes is a part of the first window,
+    wherever it lies: it has a seal too.
     """
     waiting = deque(tensor for tensor in tensors if tensor.nbytes)
     parts = [(tensor, tensor.start, tensor.start) for tensor in tensors if not tensor.nbytes]
