@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from deeplock_kernels import __version__
 from deeplock_kernels.errors import (
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)"
     )
 
-    locker = command("lock", _lock, "lock a safetensors file")
+    locker = command("lock", _lock, "lock a safetensors file, or a directory of shards")
     _add_files(locker)
     locker.add_argument(
         "--schedule",
@@ -120,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     locker.add_argument(
+        "--exclude", metavar="GLOB", action="append", help="leave such files of a directory out; may be repeated"
+    )
+    locker.add_argument(
         "--no-seal",
         dest="seal",
         action="store_false",
@@ -133,8 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     rekeyer.add_argument("--new-key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
-    verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
+    verifier.add_argument("file", metavar="FILE", help="the locked file or directory; it is only read")
     _add_key(verifier)
+    _add_workers(verifier)
 
     inspect = command("inspect", _inspect, "show what a file holds and what of it is locked; needs no key")
     inspect.add_argument("file", metavar="FILE")
@@ -164,9 +169,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN", help="the safetensors file to read")
-    parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
+    parser.add_argument("input", metavar="IN", help="the safetensors file, or the directory of shards, to read")
+    parser.add_argument("output", metavar="OUT", help="what to write; it appears when it is complete")
     _add_key(parser)
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, default=None, metavar="N", help="work on a directory with N processes"
+    )
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:
@@ -220,10 +232,12 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import data_bytes
 
+    place = checkpoint_at(path)
     try:
-        total: int | None = data_bytes(path)
+        total: int | None = data_bytes(path) if place is None else read_checkpoint(place).data_bytes
     except DeepLockError:  # said when the work begins
         total = None
     with tqdm(
@@ -239,10 +253,53 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+@contextmanager
+def _at(path: str, arguments: argparse.Namespace) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """Give the place of a file or checkpoint, whether it is a checkpoint, and the arguments that those have more."""
+    import warnings
+
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at
+    from deeplock_kernels.errors import ParameterError, ResumeWarning
+
+    place = checkpoint_at(path)
+    if place is None:
+        if arguments.workers is not None:
+            raise ParameterError(f"--workers: {path} is no directory; accepted for a directory of shards")
+        yield path, False, {}
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResumeWarning)
+        if arguments.workers is None:
+            yield place, True, {}
+        else:
+            with _processes(arguments.workers) as executor:
+                yield place, True, {"executor": executor}
+    for warning in caught:
+        print(f"deeplock: warning: {warning.message}", file=sys.stderr)
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[object]:
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    try:
+        yield executor
+    except BrokenExecutor:
+        raise DeepLockError(
+            "--workers: a process ended while it worked; run it again: shards that are finished are kept"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
 def _spare_key_file(key_file: str, output: str) -> None:
     """Refuse an output that would take the place of a key, without which nothing can be unlocked again."""
     from deeplock_kernels.files import check_distinct
 
+    if os.path.isdir(output):
+        return
     try:
         check_distinct(key_file, output)
     except SameFileError:
@@ -262,13 +319,23 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import lock_checkpoint
     from deeplock_kernels.checkpoints.streaming import lock_file
+    from deeplock_kernels.errors import ParameterError
     from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
+    with (
+        MasterKey.from_file(arguments.key) as key,
+        _progress(arguments.input, "locking") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
+    ):
         _spare_key_file(arguments.key, arguments.output)
-        header = lock_file(
-            arguments.input,
+        if arguments.exclude and not whole:
+            raise ParameterError(f"--exclude: {place} is no directory; accepted for a directory of shards")
+        if arguments.exclude:
+            options["exclude"] = arguments.exclude
+        header = (lock_checkpoint if whole else lock_file)(
+            place,
             arguments.output,
             key,
             schedule=arguments.schedule,
@@ -277,6 +344,7 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
             seal=arguments.seal,
             threads=arguments.threads,
             progress=progress,
+            **options,
         )
     nbytes = sum(record.nbytes for record in header.tensors.values())
     sealed = "locked and sealed" if arguments.seal else "locked, not sealed"
@@ -284,16 +352,23 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import unlock_checkpoint
     from deeplock_kernels.checkpoints.streaming import unlock_file
     from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
+    with (
+        MasterKey.from_file(arguments.key) as key,
+        _progress(arguments.input, "unlocking") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
+    ):
         _spare_key_file(arguments.key, arguments.output)
-        unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
+        unlock = unlock_checkpoint if whole else unlock_file
+        unlock(place, arguments.output, key, threads=arguments.threads, progress=progress, **options)
     yield f"{arguments.output}: unlocked"
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import rekey_checkpoint
     from deeplock_kernels.checkpoints.streaming import rekey_file
     from deeplock_kernels.keys import MasterKey
 
@@ -301,34 +376,49 @@ def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
         MasterKey.from_file(arguments.key) as key,
         MasterKey.from_file(arguments.new_key) as new_key,
         _progress(arguments.input, "rekeying") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
     ):
         for key_file in (arguments.key, arguments.new_key):
             _spare_key_file(key_file, arguments.output)
-        header = rekey_file(
-            arguments.input, arguments.output, key, new_key, threads=arguments.threads, progress=progress
+        header = (rekey_checkpoint if whole else rekey_file)(
+            place, arguments.output, key, new_key, threads=arguments.threads, progress=progress, **options
         )
     yield f"{arguments.output}: {len(header.tensors)} tensors locked under the new key and sealed"
 
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import verify_checkpoint
     from deeplock_kernels.checkpoints.streaming import verify_file
     from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.file, "verifying") as progress:
-        header = verify_file(arguments.file, key, threads=arguments.threads, progress=progress)
+    with (
+        MasterKey.from_file(arguments.key) as key,
+        _progress(arguments.file, "verifying") as progress,
+        _at(arguments.file, arguments) as (place, whole, options),
+    ):
+        verify = verify_checkpoint if whole else verify_file
+        header = verify(place, key, threads=arguments.threads, progress=progress, **options)
     nbytes = sum(record.nbytes for record in header.tensors.values())
     yield f"{arguments.file}: as it was locked, {len(header.tensors)} tensors, {nbytes:,} bytes"
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import read_layout
     from deeplock_kernels.header import LockHeader
 
-    layout = read_layout(arguments.file)
-    header = None if layout.header is None else LockHeader.from_json(layout.header)
-    nbytes = sum(tensor.nbytes for tensor in layout.tensors.values())
+    place = checkpoint_at(arguments.file)
+    if place is None:
+        layout = read_layout(arguments.file)
+        tensors, shards = layout.tensors, ""
+        header = None if layout.header is None else LockHeader.from_json(layout.header)
+    else:
+        checkpoint = read_checkpoint(place)
+        tensors, shards = checkpoint.tensors, f" in {len(checkpoint.shards)} shards"
+        header = checkpoint.header() if checkpoint.is_locked else None
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
     yield (
-        f"{arguments.file}: {len(layout.tensors)} tensors, {nbytes:,} bytes, "
+        f"{arguments.file}: {len(tensors)} tensors{shards}, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:
@@ -338,8 +428,8 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
         )
         if header.schedule == "expansion":
             yield "warning: one known block of weights gives away the key of this schedule"
-    width = max((len(ascii(name)) for name in layout.tensors), default=0)
-    for name, tensor in layout.tensors.items():
+    width = max((len(ascii(name)) for name in tensors), default=0)
+    for name, tensor in tensors.items():
         record = header.tensors.get(name) if header is not None else None
         state = "plain" if record is None else "locked, sealed" if record.seal else "locked"
         yield (

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from deeplock_kernels.checkpoints import tasks
 from deeplock_kernels.checkpoints.formats import FORMATS
-from deeplock_kernels.checkpoints.formats.base import Layout
+from deeplock_kernels.checkpoints.formats.base import Layout, TensorEntry
 from deeplock_kernels.checkpoints.formats.safetensors import SAFETENSORS
 from deeplock_kernels.checkpoints.shard_index import INDEX_SUFFIX, ShardIndex, parse_index
 from deeplock_kernels.checkpoints.stores import Store, check_apart, copy_file, store_at
@@ -58,6 +58,7 @@ from deeplock_kernels.errors import (
 )
 from deeplock_kernels.files import file_errors
 from deeplock_kernels.header import LockHeader
+from deeplock_kernels.keys import Hidden
 from deeplock_kernels.locking import find_sbox
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
 from deeplock_kernels.runtime.pool import resolve_threads
@@ -72,6 +73,7 @@ _WEIGHTS = (  # endings of files that may hold weights which nobody would lock h
     *(".h5", ".hdf5", ".keras", ".pb", ".tflite", ".onnx", ".engine", ".gguf", ".ggml", ".mar", ".mlmodel", ".nemo"),
 )
 _OF_MANY = re.compile(r"-\d+-of-0*([2-9]|1\d)\d*\.safetensors$")  # as shards are called
+_KEY_LINE = re.compile(rb"([0-9a-f]{32}|[0-9a-f]{48}|[0-9a-f]{64})\n?")
 _AHEAD = 256  # tasks that an executor is given before the first of them is done
 _OPEN = 64  # shards that are worked on at once
 
@@ -99,6 +101,7 @@ def lock_checkpoint(
         files in it are copied, but for those that look like weights, which are refused: they would stay readable.
     dst_dir
         A new or empty directory, or one that an interrupted run of this has left, which is then continued; or a URL.
+        One run at a time may write there.
     key, sbox, only, seal
         As for `lock_tensors`.
     schedule
@@ -142,12 +145,12 @@ def lock_checkpoint(
             "lock_file takes the expansion"
         )
     lock = NamedLock.new(key, schedule, find_sbox(sbox))
-    with _Work(src_dir, dst_dir, threads, progress, executor, exclude) as work:
+    with Work(src_dir, dst_dir, threads, progress, executor, exclude) as work:
         checkpoint = work.source
         if checkpoint.is_locked:
             raise AlreadyLockedError(f"{checkpoint.store.place}: it is locked already; unlock it first")
-        _refuse_other_weights(checkpoint)
-        work.lock_anew("lock", lock, key, select(checkpoint.sizes, only), seal)
+        _refuse_secrets(checkpoint)
+        work.lock_anew("lock", lock, key, select(checkpoint.tensors, only), seal)
         return work.finish()
 
 
@@ -184,7 +187,7 @@ def unlock_checkpoint(
     ContainerError, HeaderError, SameFileError, FileAccessError, KeyTypeError, KeyFormatError, SBoxError, ParameterError
         As for `lock_checkpoint` and `unlock_file`.
     """
-    with _Work(src_dir, dst_dir, threads, progress, executor) as work:
+    with Work(src_dir, dst_dir, threads, progress, executor) as work:
         lock, _header = authenticate(work.source, key, sbox=sbox)
         work.unlock(lock, key, seal)
         work.finish()
@@ -222,7 +225,7 @@ def rekey_checkpoint(
     FileAccessError, KeyTypeError, KeyFormatError, SBoxError, ParameterError
         As for `unlock_checkpoint`.
     """
-    with _Work(src_dir, dst_dir, threads, progress, executor) as work:
+    with Work(src_dir, dst_dir, threads, progress, executor) as work:
         old, header = authenticate(work.source, old_key, sbox=sbox)
         work.old = old
         new = NamedLock.new(new_key, "counter", old.box)
@@ -330,9 +333,9 @@ class Checkpoint:
     others: Sequence[str]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """The size of each tensor in bytes."""
-        return {name: one.nbytes for shard in self.shards.values() for name, one in shard.layout.tensors.items()}
+    def tensors(self) -> dict[str, TensorEntry]:
+        """All tensors by name."""
+        return {name: tensor for shard in self.shards.values() for name, tensor in shard.layout.tensors.items()}
 
     @property
     def data_bytes(self) -> int:
@@ -517,18 +520,17 @@ def _check_index(index: ShardIndex, shards: Mapping[str, Shard]) -> None:
         raise ContainerError(f"{index.source}: it gives a total_size of {index.total_size}, the shards hold {total}")
 
 
-def _refuse_other_weights(checkpoint: Checkpoint) -> None:
+def _refuse_secrets(checkpoint: Checkpoint) -> None:
+    """Refuse to copy what the lock is to keep: other weights, and keys."""
     store = checkpoint.store
     for name in checkpoint.others:
-        weights = posixpath.splitext(name)[1].lower() in _WEIGHTS
-        if not weights:
-            with store.open(name) as reader, file_errors(store.path(name), "read"):
-                start = reader.file.read(64)
-            weights = any(known.matches(start) for known in FORMATS)
-        if weights:
+        with store.open(name) as reader, file_errors(store.path(name), "read"):
+            start = Hidden(reader.file.read(66))
+        weights = posixpath.splitext(name)[1].lower() in _WEIGHTS or any(known.matches(start) for known in FORMATS)
+        if weights or _KEY_LINE.fullmatch(start):
             raise ContainerError(
-                f"{store.path(name)}: it may hold weights, and would be copied as it is; accepted are other files "
-                "beside the shards; name it in `exclude` to leave it out"
+                f"{store.path(name)}: it may hold {'weights' if weights else 'a key'}, and would be copied as it is; "
+                "accepted are other files beside the shards; leave it out by `exclude`, or take it away"
             )
 
 
@@ -713,7 +715,7 @@ class _Drive:
         self._done.put((shard, number))
 
 
-class _Work:
+class Work:
     """One run over a checkpoint: from a source into a target, which appears shard by shard and is resumed."""
 
     kind: str
@@ -741,7 +743,7 @@ class _Work:
         self._resumed = False
         self._present: frozenset[str] = frozenset()
 
-    def __enter__(self) -> _Work:
+    def __enter__(self) -> Work:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -751,9 +753,10 @@ class _Work:
     def lock_anew(self, kind: str, lock: NamedLock, key: Key, chosen: list[str], seal: bool) -> None:
         """Say that these tensors are to be locked or rekeyed, with this new lock unless a run can be continued."""
         self.kind, self._prove, self._seal = kind, True, seal
-        sizes = self.source.sizes
-        lock.cover({name: (sizes[name], None) for name in chosen})
-        self._begin(lock, key, continued=lambda found: found.cover({name: (sizes[name], None) for name in chosen}))
+        tensors = self.source.tensors
+        sizes = {name: (tensors[name].nbytes, None) for name in chosen}
+        lock.cover(sizes)
+        self._begin(lock, key, continued=lambda found: found.cover(sizes))
         whole = frozenset(chosen)
         self.sealed = whole if seal and kind == "lock" else frozenset()
         if self.old is not None:
@@ -794,9 +797,6 @@ class _Work:
                     f"{self.target.place}: it holds {foreign[0]!a}, which is not of the run that was interrupted; "
                     "remove it, or choose another directory"
                 )
-            for name in names:
-                if _is_own(name) and name != RUN_FILE:
-                    self.target.remove(name)
             if same:
                 self._resumed, self._present = True, frozenset(kept)
                 if continued is not None:
@@ -813,6 +813,9 @@ class _Work:
                     self.target.remove(name)
         self.lock = lock
         self._locks.append(lock)
+        for name in names:
+            if _is_own(name) and name != RUN_FILE:
+                self.target.remove(name)  # half a file of a run that was killed
         if not self._resumed:
             text = self._plan(lock)
             run = lock.part([]).prove(None, text)
@@ -879,7 +882,7 @@ class _Work:
         target.remove(RUN_FILE)
         return header
 
-    def _start(self, shard: Shard, seals: Seals | None) -> bytes:
+    def start(self, shard: Shard, seals: Seals | None) -> bytes:
         """Give what comes before the data in the new shard."""
         text = None
         if self._prove:
@@ -911,17 +914,17 @@ class _Work:
             if self._runner.progress is not None:
                 self._runner.progress(shard.data_bytes)
             return
-        shift = len(self._start(shard, nothing if self._seal else None)) - shard.data_start
+        shift = len(self.start(shard, nothing if self._seal else None)) - shard.data_start
         if self.target.writes_anywhere:
             with self.target.put(shard.name, shard.layout.size + shift) as output:
                 outcomes = yield _Batch(self._tasks(shard, Placed(output.name, shift, self._flush)), counted=True)
                 seals = self._checked(shard, outcomes)
                 output.seek(0)
-                output.write(self._start(shard, seals if self._seal else None))
+                output.write(self.start(shard, seals if self._seal else None))
         else:
             outcomes = yield _Batch(self._tasks(shard, None), counted=False)
             seals = self._checked(shard, outcomes)
-            start = self._start(shard, seals if self._seal else None)
+            start = self.start(shard, seals if self._seal else None)
             put = Put(self.target, shard.name, start)
             outcomes = yield _Batch(self._tasks(shard, put, max(shard.layout.size, 1)), counted=True)
             if self._checked(shard, outcomes) != seals:
@@ -935,7 +938,7 @@ class _Work:
         What it should be is made of the seals that its bytes have, or would have if they were locked.
         """
         names = [name for name in shard.layout.tensors if name in self.lock.header.tensors]
-        size = len(self._start(shard, dict.fromkeys(names, 0)))
+        size = len(self.start(shard, dict.fromkeys(names, 0)))
         shift = size - shard.data_start
         if shard.name not in self._present:
             return False
@@ -956,7 +959,7 @@ class _Work:
                 _expect(self.lock, shard, seals)
             except TamperedError:
                 return False
-        if start != self._start(shard, seals):
+        if start != self.start(shard, seals):
             return False
         self._seals |= seals
         return True
