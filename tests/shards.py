@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,25 @@ def snapshot(path):
         for at, _, names in os.walk(path)
         for name in names
     }
+
+
+class Dying:
+    """An executor whose process that runs the third task kills itself, once."""
+
+    def __init__(self, executor, marker):
+        self._executor, self._marker, self._count = executor, str(marker), 0
+
+    def submit(self, function, *arguments):
+        self._count += 1
+        if self._count == 3:
+            return self._executor.submit(run_or_die, self._marker, function, *arguments)
+        return self._executor.submit(function, *arguments)
+
+
+def run_or_die(marker, function, *arguments):
+    if os.path.exists(marker):
+        return function(*arguments)
+    with open(marker, "w"):
+        pass
+    function(*arguments)  # all is written, and nobody hears of it
+    return os.kill(os.getpid(), signal.SIGKILL)

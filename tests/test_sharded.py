@@ -17,16 +17,15 @@ from support import BOXES
 
 import deeplock_kernels as deeplock
 from deeplock_kernels import cli, files
-from deeplock_kernels.checkpoints import sharded, shard_index, streaming, tasks
+from deeplock_kernels.checkpoints import shard_index, sharded, streaming, tasks
 from deeplock_kernels.checkpoints.sharded import (
     RUN_FILE,
     lock_checkpoint,
-    read_checkpoint,
     rekey_checkpoint,
     unlock_checkpoint,
     verify_checkpoint,
 )
-from deeplock_kernels.checkpoints.streaming import lock_file, read_header, unlock_file, verify_file
+from deeplock_kernels.checkpoints.streaming import read_header, unlock_file, verify_file
 from deeplock_kernels.errors import (
     AlreadyLockedError,
     ContainerError,
@@ -53,6 +52,7 @@ FIRST, SECOND = shard_name(0, 2), shard_name(1, 2)
 def small(monkeypatch):
     monkeypatch.setattr(streaming, "WINDOW", WINDOW)
     monkeypatch.setattr(tasks, "GROUP", GROUP)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power fails here
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,8 @@ def test_every_bit_comes_back(plain, tmp_path, options, box):
     assert snapshot(plain) == before
     assert snapshot(tmp_path / "locked").keys() == before.keys()
     new = rekey_checkpoint(tmp_path / "locked", tmp_path / "rekeyed", KEY, OTHER_KEY, sbox=box)
-    assert (new.salt, new.tensors.keys()) != (header.salt, ()) and new.tensors.keys() == header.tensors.keys()
+    assert new.salt != header.salt
+    assert new.tensors.keys() == header.tensors.keys()
     for source, key in (("locked", KEY), ("rekeyed", OTHER_KEY)):
         unlock_checkpoint(tmp_path / source, tmp_path / f"{source} back", key, sbox=box)
         assert snapshot(tmp_path / f"{source} back") == before
@@ -214,7 +215,7 @@ def test_the_index_gets_a_header_and_loses_it_again(text):
         '{"metadata": {"deeplock": {}}, "weight_map": {}}',
         '{"weight_map": {"a\\ud800": "x"}}',
         '{"weight_map": ' + "[" * 100_000,
-        *('{"weight_map": {"a": "%s"}}' % name for name in ("../x", "/x", "a/../x", "", "a//x", ".", "x\\\\y", "a\\u0000")),
+        *(f'{{"weight_map": {{"a": "{name}"}}}}' for name in ("../x", "/x", "a/../x", "", "a//x", ".", "x\\\\y", "a\\u0000")),
     ],
 )
 def test_an_index_that_is_none(text):

@@ -283,9 +283,12 @@ class ObjectStore:
                     raise access_error(path, "written", error) from error
                 raise
         except BaseException:
-            file.closed = True  # or its end would send what there is
             with suppress(Exception):
-                file.discard()
+                if hasattr(file, "autocommit"):
+                    file.closed = True  # or its end would send what there is
+                    file.discard()
+                else:  # as of memory://, whose files are there from the start
+                    system.rm_file(key)
             raise
 
     def remove(self, name: str) -> None:
