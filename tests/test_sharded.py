@@ -43,6 +43,7 @@ from deeplock_kernels.errors import (
     WrongKeyError,
 )
 from deeplock_kernels.keys import MasterKey
+from deeplock_kernels.passphrases import Passphrase
 from deeplock_kernels.transform import Transform
 
 FIRST, SECOND = shard_name(0, 2), shard_name(1, 2)
@@ -632,6 +633,18 @@ def test_an_interrupted_run_of_another_key_or_with_a_record_that_was_altered(pla
     assert snapshot(half) == before
     with pytest.raises(ContainerError, match="not finished"):
         verify_checkpoint(half, KEY)
+
+
+def test_a_run_with_a_passphrase_is_continued(plain, tmp_path, monkeypatch):
+    with Passphrase("correct horse", n=1 << 14) as key:
+        with monkeypatch.context() as patched:
+            failing(patched, files.os, "replace", 6, Interruption())
+            with pytest.raises(Interruption):
+                lock_checkpoint(plain, tmp_path / "new", key)
+        header = lock_checkpoint(plain, tmp_path / "new", key)
+        assert header.passphrase is not None
+        unlock_checkpoint(tmp_path / "new", tmp_path / "back", key)
+    assert snapshot(tmp_path / "back") == snapshot(plain)
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

@@ -24,6 +24,7 @@ from deeplock_kernels.checkpoints.stores import Directory, ObjectStore, check_ap
 from deeplock_kernels.errors import (
     ContainerError,
     FileAccessError,
+    MissingLibraryError,
     ParameterError,
     ResumeWarning,
     SameFileError,
@@ -170,7 +171,7 @@ def test_places(tmp_path, monkeypatch):
     with pytest.raises(ParameterError, match="fsspec knows no such URL"):
         store_at("nothing://x", "src_dir").names()
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(ImportError, match=r"deeplock-kernels\[distributed\]"):
+    with pytest.raises(MissingLibraryError, match=r"deeplock-kernels\[distributed\]"):
         store_at("s3://bucket/x", "src_dir").names()
 
 

@@ -58,7 +58,7 @@ from deeplock_kernels.errors import (
 )
 from deeplock_kernels.files import file_errors
 from deeplock_kernels.header import LockHeader
-from deeplock_kernels.keys import Hidden
+from deeplock_kernels.keys import Hidden, key_in_line
 from deeplock_kernels.locking import find_sbox
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
 from deeplock_kernels.runtime.pool import resolve_threads
@@ -73,7 +73,6 @@ _WEIGHTS = (  # endings of files that may hold weights which nobody would lock h
     *(".h5", ".hdf5", ".keras", ".pb", ".tflite", ".onnx", ".engine", ".gguf", ".ggml", ".mar", ".mlmodel", ".nemo"),
 )
 _OF_MANY = re.compile(r"-\d+-of-0*([2-9]|1\d)\d*\.safetensors$")  # as shards are called
-_KEY_LINE = re.compile(rb"([0-9a-f]{32}|[0-9a-f]{48}|[0-9a-f]{64})\n?")
 _AHEAD = 256  # tasks that an executor is given before the first of them is done
 _OPEN = 64  # shards that are worked on at once
 
@@ -527,7 +526,7 @@ def _refuse_secrets(checkpoint: Checkpoint) -> None:
         with store.open(name) as reader, file_errors(store.path(name), "read"):
             start = Hidden(reader.file.read(66))
         weights = posixpath.splitext(name)[1].lower() in _WEIGHTS or any(known.matches(start) for known in FORMATS)
-        if weights or _KEY_LINE.fullmatch(start):
+        if weights or key_in_line(start) is not None:
             raise ContainerError(
                 f"{store.path(name)}: it may hold {'weights' if weights else 'a key'}, and would be copied as it is; "
                 "accepted are other files beside the shards; leave it out by `exclude`, or take it away"

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 from deeplock_kernels.checkpoints.streaming import OpenedFile, Path, Window, mapped
-from deeplock_kernels.errors import ContainerError, FileAccessError, ParameterError, SameFileError
+from deeplock_kernels.errors import (
+    ContainerError,
+    FileAccessError,
+    MissingLibraryError,
+    ParameterError,
+    SameFileError,
+)
 from deeplock_kernels.files import access_error, atomic_output, check_regular, file_errors, path_text
 
 _COPIED = 1 << 20  # bytes that are copied at a time
@@ -217,12 +223,13 @@ class ObjectStore:
     def _filesystem(self) -> tuple[Any, str]:
         try:
             import fsspec
-        except ImportError as error:
-            raise ImportError(
-                f"{self.place}: fsspec is needed for URLs; pip install 'deeplock-kernels[distributed]'"
-            ) from error
-        try:
+
             system, root = fsspec.core.url_to_fs(self.place)
+        except ImportError as error:
+            raise MissingLibraryError(
+                f"{self.place}: fsspec is needed for URLs, with what it needs for this one ({error}); "
+                "pip install 'deeplock-kernels[distributed]'"
+            ) from error
         except ValueError as error:
             raise ParameterError(f"{self.place}: fsspec knows no such URL ({error})") from None
         return system, root.rstrip("/")
