@@ -778,7 +778,7 @@ with open("alive", "wb") as file:
         elif issubclass(kind, str):
             file.write(value.encode(errors="replace"))
         elif issubclass(kind, np.ndarray) and value.dtype != object:
-            file.write(value.tobytes())
+            file.write(np.asarray(value).tobytes())
         elif hasattr(kind, "_length_"):  # memory of ctypes
             file.write(bytes(value))
         left += gc.get_referents(value)
