@@ -153,7 +153,8 @@ class NamedLock:
     def part(self, names: Collection[str]) -> NamedLock:
         """Give the lock of some of the tensors: of the same salt and keys, with a header of its own."""
         lock = NamedLock(self._key, self._derivation, self._salt, self.schedule, self.sbox)
-        records = {name: record for name, record in self.header.tensors.items() if name in names}
+        whole = self.header.tensors  # which may be many more
+        records = {name: whole[name] for name in names if name in whole}
         lock.header = dataclasses.replace(self.header, tensors=MappingProxyType(records), mac=None, file=None)
         lock._names = records
         return lock
