@@ -13,6 +13,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "deeplock_kernels.checkpoints.inplace": ("lock_file_in_place", "recover_file", "unlock_file_in_place"),
     "deeplock_kernels.checkpoints.loading": ("load_file", "open_locked"),
+    "deeplock_kernels.checkpoints.sharded": (
+        "lock_checkpoint",
+        "rekey_checkpoint",
+        "unlock_checkpoint",
+        "verify_checkpoint",
+    ),
     "deeplock_kernels.checkpoints.streaming": (
         "lock_file",
         "read_header",
@@ -44,6 +50,10 @@ if TYPE_CHECKING:
     from deeplock_kernels.checkpoints.inplace import unlock_file_in_place as unlock_file_in_place
     from deeplock_kernels.checkpoints.loading import load_file as load_file
     from deeplock_kernels.checkpoints.loading import open_locked as open_locked
+    from deeplock_kernels.checkpoints.sharded import lock_checkpoint as lock_checkpoint
+    from deeplock_kernels.checkpoints.sharded import rekey_checkpoint as rekey_checkpoint
+    from deeplock_kernels.checkpoints.sharded import unlock_checkpoint as unlock_checkpoint
+    from deeplock_kernels.checkpoints.sharded import verify_checkpoint as verify_checkpoint
     from deeplock_kernels.checkpoints.streaming import lock_file as lock_file
     from deeplock_kernels.checkpoints.streaming import read_header as read_header
     from deeplock_kernels.checkpoints.streaming import rekey_file as rekey_file

@@ -16,13 +16,14 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deeplock_kernels import __version__
 from deeplock_kernels.errors import (
     DeepLockError,
     ExposedKeyWarning,
     FileAccessError,
+    ParameterError,
     SameFileError,
     TamperedError,
     WrongKeyError,
@@ -123,7 +124,7 @@ def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
         "--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)"
     )
 
-    locker = command("lock", _lock, "lock a safetensors, npy, npz, GGUF or ONNX file")
+    locker = command("lock", _lock, "lock a safetensors, npy, npz, GGUF or ONNX file, or a directory of shards")
     _add_files(locker, output=not in_place)
     _add_in_place(locker)
     locker.add_argument(
@@ -139,6 +140,9 @@ def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
         "--only", metavar="GLOB", action="append", help="lock only tensors of such names; may be repeated"
     )
 
+    locker.add_argument(
+        "--exclude", metavar="GLOB", action="append", help="leave such files of a directory out; may be repeated"
+    )
     locker.add_argument(
         "--no-seal",
         dest="seal",
@@ -161,8 +165,9 @@ def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
     _add_key(rekeyer, "new-")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
-    verifier.add_argument("file", metavar="FILE", help="the locked file; it is only read")
+    verifier.add_argument("file", metavar="FILE", help="the locked file or directory; it is only read")
     _add_key(verifier)
+    _add_workers(verifier)
     _add_threads(verifier)
 
     wrapper = command("wrap-key", _wrap_key, "make a data key for one model, encrypted under a master key")
@@ -206,11 +211,18 @@ def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
 
 
 def _add_files(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
-    parser.add_argument("input", metavar="IN", help="the file to read")
+    parser.add_argument("input", metavar="IN", help="the file, or the directory of shards, to read")
     if output:
-        parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
+        parser.add_argument("output", metavar="OUT", help="what to write; it appears when it is complete")
     _add_key(parser)
     _add_threads(parser)
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, default=None, metavar="N", help="work on a directory with N processes"
+    )
 
 
 def _add_in_place(parser: argparse.ArgumentParser) -> None:
@@ -291,10 +303,12 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import data_bytes
 
+    place = checkpoint_at(path)
     try:
-        total: int | None = data_bytes(path)
+        total: int | None = data_bytes(path) if place is None else read_checkpoint(place).data_bytes
     except DeepLockError:  # said when the work begins
         total = None
     with tqdm(
@@ -310,6 +324,47 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+@contextmanager
+def _at(path: str, arguments: argparse.Namespace) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """Give the place of a file or checkpoint, whether it is a checkpoint, and the arguments that those have more."""
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at
+    from deeplock_kernels.errors import ResumeWarning
+
+    place = checkpoint_at(path)
+    if place is None:
+        if arguments.workers is not None:
+            raise ParameterError(f"--workers: {path} is no directory; accepted for a directory of shards")
+        yield path, False, {}
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResumeWarning)
+        try:
+            if arguments.workers is None:
+                yield place, True, {}
+            else:
+                with _processes(arguments.workers) as executor:
+                    yield place, True, {"executor": executor}
+        finally:
+            for warning in caught:
+                _say("warning", warning.message)
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[object]:
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    try:
+        yield executor
+    except BrokenExecutor:
+        raise DeepLockError(
+            "--workers: a process ended while it worked; run it again: shards that are finished are kept"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
 _KEY_FILES = {"key": "key file", "passphrase_file": "passphrase's file", "wrapped_key": "wrapped key"}
 
 
@@ -317,6 +372,8 @@ def _spare_key_files(arguments: argparse.Namespace) -> None:
     """Refuse an output that would take the place of a key, without which nothing can be unlocked again."""
     from deeplock_kernels.files import check_distinct
 
+    if os.path.isdir(arguments.output):  # of a checkpoint, which writes over nothing but what it has left there
+        return
     for new in ("", "new_"):
         for option, kind in _KEY_FILES.items():
             key_file = getattr(arguments, new + option, None)
@@ -380,18 +437,29 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.inplace import lock_file_in_place
+    from deeplock_kernels.checkpoints.sharded import lock_checkpoint
     from deeplock_kernels.checkpoints.streaming import lock_file
 
     names = ("schedule", "sbox", "only", "seal", "threads")
-    options = {name: getattr(arguments, name) for name in names}
-    with _key(arguments, twice=True) as key, _progress(arguments.input, "locking") as progress:
+    choices = {name: getattr(arguments, name) for name in names}
+    with (
+        _key(arguments, twice=True) as key,
+        _progress(arguments.input, "locking") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
+    ):
+        if arguments.exclude and not whole:
+            raise ParameterError(f"--exclude: {place} is no directory; accepted for a directory of shards")
+        if arguments.exclude:
+            options["exclude"] = arguments.exclude
         if arguments.in_place:
-            target = arguments.input
-            header = lock_file_in_place(target, key, **options, progress=progress)
+            target = _one_file(place, whole)
+            header = lock_file_in_place(target, key, **choices, progress=progress)
         else:
             target = arguments.output
             _spare_key_files(arguments)
-            header = lock_file(arguments.input, target, key, **options, progress=progress)
+            header = (lock_checkpoint if whole else lock_file)(
+                place, target, key, **choices, progress=progress, **options
+            )
     nbytes = sum(record.nbytes for record in header.tensors.values())
     sealed = "locked and sealed" if arguments.seal else "locked, not sealed"
     yield f"{target}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
@@ -399,17 +467,29 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.inplace import unlock_file_in_place
+    from deeplock_kernels.checkpoints.sharded import unlock_checkpoint
     from deeplock_kernels.checkpoints.streaming import unlock_file
 
-    with _key(arguments) as key, _progress(arguments.input, "unlocking") as progress:
+    with (
+        _key(arguments) as key,
+        _progress(arguments.input, "unlocking") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
+    ):
         if arguments.in_place:
-            target = arguments.input
+            target = _one_file(place, whole)
             unlock_file_in_place(target, key, threads=arguments.threads, progress=progress)
         else:
             target = arguments.output
             _spare_key_files(arguments)
-            unlock_file(arguments.input, target, key, threads=arguments.threads, progress=progress)
+            unlock = unlock_checkpoint if whole else unlock_file
+            unlock(place, target, key, threads=arguments.threads, progress=progress, **options)
     yield f"{target}: unlocked"
+
+
+def _one_file(place: str, whole: bool) -> str:
+    if whole:
+        raise ParameterError(f"--in-place: got the directory {place}; accepted is one file; lock each shard by itself")
+    return place
 
 
 def _recover(arguments: argparse.Namespace) -> Iterator[str]:
@@ -421,25 +501,33 @@ def _recover(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import rekey_checkpoint
     from deeplock_kernels.checkpoints.streaming import rekey_file
 
     with (
         _key(arguments) as key,
         _key(arguments, "new_", twice=True) as new_key,
         _progress(arguments.input, "rekeying") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
     ):
         _spare_key_files(arguments)
-        header = rekey_file(
-            arguments.input, arguments.output, key, new_key, threads=arguments.threads, progress=progress
+        header = (rekey_checkpoint if whole else rekey_file)(
+            place, arguments.output, key, new_key, threads=arguments.threads, progress=progress, **options
         )
     yield f"{arguments.output}: {len(header.tensors)} tensors locked under the new key and sealed"
 
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import verify_checkpoint
     from deeplock_kernels.checkpoints.streaming import verify_file
 
-    with _key(arguments) as key, _progress(arguments.file, "verifying") as progress:
-        header = verify_file(arguments.file, key, threads=arguments.threads, progress=progress)
+    with (
+        _key(arguments) as key,
+        _progress(arguments.file, "verifying") as progress,
+        _at(arguments.file, arguments) as (place, whole, options),
+    ):
+        verify = verify_checkpoint if whole else verify_file
+        header = verify(place, key, threads=arguments.threads, progress=progress, **options)
     nbytes = sum(record.nbytes for record in header.tensors.values())
     yield f"{arguments.file}: as it was locked, {len(header.tensors)} tensors, {nbytes:,} bytes"
 
@@ -461,15 +549,23 @@ def _rewrap_key(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import opened
     from deeplock_kernels.header import LockHeader
 
-    with opened(arguments.file, "path") as model:
-        kind, layout = model.format.name, model.layout
-    header = None if layout.header is None else LockHeader.from_json(layout.header)
-    nbytes = sum(tensor.nbytes for tensor in layout.tensors.values())
+    place = checkpoint_at(arguments.file)
+    if place is None:
+        with opened(arguments.file, "path") as model:
+            kind, layout = model.format.name, model.layout
+        tensors, shards = layout.tensors, ""
+        header = None if layout.header is None else LockHeader.from_json(layout.header)
+    else:
+        checkpoint = read_checkpoint(place)
+        kind, tensors, shards = "safetensors", checkpoint.tensors, f" in {len(checkpoint.shards)} shards"
+        header = checkpoint.header() if checkpoint.is_locked else None
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
     yield (
-        f"{arguments.file}: {kind}, {len(layout.tensors)} tensors, {nbytes:,} bytes, "
+        f"{arguments.file}: {kind}, {len(tensors)} tensors{shards}, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:
@@ -482,8 +578,8 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
             yield f"the key is made from a passphrase, by scrypt with n {n}, r {r}, p {p}"
         if header.schedule == "expansion":
             yield "warning: one known block of weights gives away the key of this schedule"
-    width = max((len(ascii(name)) for name in layout.tensors), default=0)
-    for name, tensor in layout.tensors.items():
+    width = max((len(ascii(name)) for name in tensors), default=0)
+    for name, tensor in tensors.items():
         record = header.tensors.get(name) if header is not None else None
         state = "plain" if record is None else "locked, sealed" if record.seal else "locked"
         yield (

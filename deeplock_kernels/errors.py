@@ -30,6 +30,7 @@ __all__ = [
     "OverlapError",
     "ParameterError",
     "ReadOnlyError",
+    "ResumeWarning",
     "SBoxError",
     "SameFileError",
     "SelfTestError",
@@ -158,6 +159,10 @@ class SameFileError(DeepLockError, ValueError):
 
 class FileAccessError(DeepLockError, OSError):
     """A file or directory could not be read, written or made; `errno` says why, nothing was left behind."""
+
+
+class ResumeWarning(UserWarning):
+    """An interrupted run over a checkpoint is not continued but begins anew, since its source or arguments changed."""
 
 
 class UnsupportedTierError(DeepLockError, RuntimeError):

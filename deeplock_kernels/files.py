@@ -194,7 +194,8 @@ def atomic_output(path: str | os.PathLike[str], *, size_hint: int | None = None)
     Yields
     ------
     BinaryIO
-        An empty file, readable, writable and seekable; closing it early does no harm.
+        An empty file, readable, writable and seekable; closing it early does no harm. Its `name` is the hidden
+        file's path, for other processes that write to it.
 
     Raises
     ------
@@ -227,7 +228,9 @@ def atomic_output(path: str | os.PathLike[str], *, size_hint: int | None = None)
                 os.fchmod(descriptor, mode)
             reserve(descriptor, size)
         # The descriptor stays ours: a block that closes its file must not close what is flushed below.
-        file = io.BufferedRandom(io.FileIO(descriptor, "r+", closefd=False))
+        raw = io.FileIO(descriptor, "r+", closefd=False)
+        raw.name = temporary
+        file = io.BufferedRandom(raw)
         try:
             yield file
             file.close()

@@ -7,6 +7,7 @@ import os
 import secrets
 import stat
 import warnings
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -258,7 +259,7 @@ class Derivation:
 
     def tensor_key_iv(self, schedule: str, sbox: str, name: str) -> bytes:
         """Give a tensor's own key, as long as the master key, and behind it its 16-byte iv."""
-        return self._expand(f"deeplock/v1/tensor/{schedule}/{sbox}\0{name}".encode(), self.key_bits // 8 + 16)
+        return self._expand(_tensor_label(schedule, sbox, name), self.key_bits // 8 + 16)
 
     def check(self) -> bytes:
         """Give the 16 bytes by which a header knows its key."""
@@ -266,8 +267,44 @@ class Derivation:
 
     def seal_key(self, name: str) -> bytes:
         """Give the 32-byte key of a tensor's seal."""
-        return self._expand(f"deeplock/v1/seal\0{name}".encode(), 32)
+        return self._expand(_seal_label(name), 32)
 
     def mac(self, message: bytes) -> bytes:
         """Give the 32 bytes of HMAC-SHA256 (RFC 2104) under the header's key."""
         return hmac.digest(self._expand(b"deeplock/v1/header", 32), message, "sha256")
+
+    def only(self, schedule: str, sbox: str, locked: Collection[str], sealed: Collection[str]) -> TensorKeys:
+        """Give what some tensors are locked with, and what some are sealed with, and nothing else."""
+        streams = {_tensor_label(schedule, sbox, name): self.tensor_key_iv(schedule, sbox, name) for name in locked}
+        return TensorKeys(self.key_bits, streams | {_seal_label(name): self.seal_key(name) for name in sealed})
+
+
+class TensorKeys(Derivation):
+    """What is derived for a few tensors, without what it was derived from: all that a worker elsewhere is given.
+
+    It is made to be pickled, and holds keys: whoever has it can unlock those tensors.
+    """
+
+    __slots__ = ("_derived",)
+
+    def __init__(self, key_bits: int, derived: Mapping[bytes, bytes]) -> None:
+        self.key_bits, self._derived = key_bits, dict(derived)
+
+    def __repr__(self) -> str:
+        return f"TensorKeys({len(getattr(self, '_derived', ()))} keys)"
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        return TensorKeys, (self.key_bits, self._derived)
+
+    def _expand(self, info: bytes, length: int) -> bytes:
+        found = self._derived[info]
+        assert len(found) == length
+        return found
+
+
+def _tensor_label(schedule: str, sbox: str, name: str) -> bytes:
+    return f"deeplock/v1/tensor/{schedule}/{sbox}\0{name}".encode()
+
+
+def _seal_label(name: str) -> bytes:
+    return f"deeplock/v1/seal\0{name}".encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TypeVar
@@ -22,7 +22,7 @@ from deeplock_kernels.errors import (
 )
 from deeplock_kernels.header import SALT_BYTES, SEAL_BYTES, LockHeader, TensorRecord, sbox_field
 from deeplock_kernels.kernels.signatures import RECORDS, KernelName
-from deeplock_kernels.keys import Derivation, MasterKey, PlainKey
+from deeplock_kernels.keys import Derivation, MasterKey, PlainKey, TensorKeys
 from deeplock_kernels.passphrases import Key as Key
 from deeplock_kernels.passphrases import Passphrase, Scrypt
 from deeplock_kernels.pieces import KeyTable, Range, Tags, deal, list_calls, seal_key_table, tags_of
@@ -128,10 +128,46 @@ class NamedLock:
             _authenticate(derivation, header)
         box = _header_sbox(header, sbox) if needs_sbox else None
         lock = cls(key, derivation, header.salt, header.schedule, box)
-        lock._own_key = own
+        lock._scrypt, lock._own_key = header.passphrase, own
         lock.header = header
         lock._names = header.tensors if names is None else [*map(lock.root, header.tensors.keys() & names)]
         return lock
+
+    @classmethod
+    def of_keys(cls, keys: TensorKeys, sbox: SBox | None, sizes: Mapping[str, int]) -> NamedLock:
+        """Take the keys of some tensors, whose sizes in bytes these are, of a lock with the counter schedule.
+
+        It changes and seals ranges as the whole lock does; its header is none that could be kept.
+        """
+        lock = cls(b"", keys, b"", CounterSchedule.name, sbox)
+        records = {name: TensorRecord(nbytes) for name, nbytes in sizes.items()}
+        field: str | dict[str, str] = {"sha256": ""} if sbox is None else sbox_field(sbox)
+        lock.header = LockHeader(lock.schedule, field, lock.key_bits, b"", b"", MappingProxyType(records))
+        lock._names = records
+        return lock
+
+    def keys_of(self, locked: Collection[str], sealed: Collection[str]) -> TensorKeys:
+        """Give the keys of some tensors, to lock or unlock them with, and to seal them with; see `of_keys`."""
+        return self._derivation.only(self.schedule, self._sbox_label, locked, sealed)
+
+    def part(self, names: Collection[str]) -> NamedLock:
+        """Give the lock of some of the tensors: of the same salt and keys, with a header of its own."""
+        lock = NamedLock(self._key, self._derivation, self._salt, self.schedule, self.sbox)
+        whole = self.header.tensors  # which may be many more
+        records = {name: whole[name] for name in names if name in whole}
+        lock.header = dataclasses.replace(self.header, tensors=MappingProxyType(records), mac=None, file=None)
+        lock._names = records
+        return lock
+
+    def authenticate(self, header: LockHeader) -> None:
+        """Refuse a header that is not of this lock's key and salt, or was altered.
+
+        Raises
+        ------
+        WrongKeyError, TamperedHeaderError
+            It is so.
+        """
+        _authenticate(self._derivation, header)
 
     def cover(self, sizes: Mapping[str, tuple[int, str | None]]) -> None:
         """Say what is to be locked: (number of bytes, name of the tensor whose storage it shares, or None) by name."""
@@ -362,10 +398,12 @@ class NamedLock:
         return self._tables[what]
 
     def _tensor_key_iv(self, root: str) -> bytes:
+        return self._derivation.tensor_key_iv(self.schedule, self._sbox_label, root)
+
+    @property
+    def _sbox_label(self) -> str:
         sbox = self.header.sbox
-        return self._derivation.tensor_key_iv(
-            self.schedule, sbox if isinstance(sbox, str) else sbox["sha256"], root
-        )
+        return sbox if isinstance(sbox, str) else sbox["sha256"]
 
     def root(self, name: str) -> str:
         """Give the name as which a tensor was locked."""

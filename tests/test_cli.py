@@ -535,7 +535,7 @@ FAILURES = {  # name: (command line, what to do before, exit code, words)
     "lock of no file": ("lock none new --key key", None, 1, "none: cannot be read: no such file"),
     "unlock of no file": ("unlock none new --key key", None, 1, "none: cannot be read: no such file"),
     "inspect of no file": ("inspect none", None, 1, "none: cannot be read: no such file"),
-    "inspect of a directory": ("inspect .", None, 1, ".: cannot be read: it is a directory"),
+    "inspect of a directory": ("inspect .", None, 1, ".: got 0 safetensors files and no index"),
     "inspect of a key": ("inspect key", None, 1, "key: got "),
     "inspect of a cut file": ("inspect plain", truncated("plain"), 1, "plain: got "),
     "inspect of a bad header": ("inspect locked", bad_header, 1, "header: "),

@@ -589,7 +589,7 @@ def _stream(
         output.write(data)
         begin_flush(output)
 
-    with _Behind() as behind:
+    with Behind() as behind:
         for turn, window in enumerate(windows(tensors, file.spans(edits))):
             while waiting and waiting[0].start <= window.begin:
                 behind.run(partial(output.write, waiting.popleft().data))
@@ -598,7 +598,7 @@ def _stream(
             target = buffer.ctypes.data
             with mapped(file, window) as source:
                 ranges = [one for one in ranges_of(window, target, source) if one.name in chosen]
-                _copy_others(ranges, target, source, length)
+                copy_others(ranges, target, source, length)
                 change(ranges)
             behind.run(partial(write, window, buffer[:length].data))
             if progress is not None:
@@ -609,7 +609,7 @@ def _stream(
     return sums
 
 
-def _copy_others(ranges: list[Range], target: int, source: int, length: int) -> None:
+def copy_others(ranges: list[Range], target: int, source: int, length: int) -> None:
     """Copy what lies between ranges, which are in order but for those without bytes."""
     position = 0
     for one in filter(lambda one: one.nbytes, ranges):
@@ -619,10 +619,10 @@ def _copy_others(ranges: list[Range], target: int, source: int, length: int) -> 
     ctypes.memmove(target + position, source + position, length - position)
 
 
-class _Behind:
+class Behind:
     """Runs work one after the other on a thread of its own, or here where none is to be had."""
 
-    def __enter__(self) -> _Behind:
+    def __enter__(self) -> Behind:
         self._executor = ThreadPoolExecutor(1, "deeplock-write")
         self._running: deque[Future[object]] = deque()
         return self
