@@ -20,6 +20,7 @@ __all__ = [
     "KeyFormatError",
     "KeyTypeError",
     "KeyWipedError",
+    "MissingLibraryError",
     "NotLockedError",
     "NotSealedError",
     "OverlapError",
@@ -144,6 +145,10 @@ class SelfTestError(DeepLockError, RuntimeError):
 
 class KernelError(DeepLockError, RuntimeError):
     """A kernel could not be compiled or loaded."""
+
+
+class MissingLibraryError(DeepLockError, ImportError):
+    """An optional library is not installed: the message names the extra of this package that brings it."""
 
 
 def shown(value: object) -> str:
