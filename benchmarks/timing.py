@@ -22,7 +22,14 @@ import numpy.typing as npt
 
 from benchmarks import environment
 from deeplock_kernels import SBOXES
-from deeplock_kernels.kernels.signatures import RCON_START, RCON_WORDS, RECORDS, KernelName
+from deeplock_kernels.kernels.signatures import (
+    RCON_START,
+    RCON_WORDS,
+    RECORDS,
+    SEAL_KEYS_BYTES,
+    TAG_BYTES,
+    KernelName,
+)
 from deeplock_kernels.runtime.tiers import TIERS, Tier, kernel
 
 CERTAIN = 10.0  # dudect's threshold
@@ -56,10 +63,24 @@ def _kernel(tier: Tier, name: KernelName, secret: str) -> Subject:
     key = ctypes.create_string_buffer(secrets.token_bytes(48), 48)  # behind a key of 32 bytes, the counter's start
     rcon = ctypes.create_string_buffer(RCON_WORDS)
     box = ctypes.create_string_buffer(SBOXES["kuznyechik"].table, 256)
-    place, table = ctypes.addressof(data), ctypes.addressof(box)
-    schedule = () if name.operation == "substitute" else (0, ctypes.addressof(key), ctypes.addressof(rcon) + RCON_START)
-    record = RECORDS[name.operation].pack(place, place, NBYTES, *schedule, table)
-    function, kept = kernel(tier, name), (data, key, rcon, box)
+    sealing = ctypes.create_string_buffer(SEAL_KEYS_BYTES + TAG_BYTES)
+    place, keys, rounds = ctypes.addressof(data), ctypes.addressof(key), ctypes.addressof(rcon) + RCON_START
+    seal = ctypes.addressof(sealing)
+    sealed = (ctypes.c_int64 * 8)(place, place, NBYTES, 0, keys, seal, NBYTES, seal + SEAL_KEYS_BYTES)
+    arguments: tuple[int, ...]
+    if name.operation == "seal_keys":
+        arguments = seal, keys, 1, rounds
+    elif name.operation in ("seal", "counter_sealed"):
+        make = kernel(tier, KernelName("seal_keys"))
+        make(RECORDS["seal_keys"].pack(seal, keys, 1, rounds))
+        arguments = ctypes.addressof(sealed), 1
+        if name.operation == "counter_sealed":
+            arguments += rounds, ctypes.addressof(box)
+    else:
+        schedule = () if name.operation == "substitute" else (0, keys, rounds)
+        arguments = place, place, NBYTES, *schedule, ctypes.addressof(box)
+    record = RECORDS[name.operation].pack(*arguments)
+    function, kept = kernel(tier, name), (data, key, rcon, box, sealing, sealed)
 
     def call(function: Callable[[bytes], None] = function, record: bytes = record, kept: object = kept) -> None:
         function(record)
@@ -73,6 +94,9 @@ QUESTIONS = {
     "counter: data": (KernelName("counter", 256, "table", "lock"), "data"),
     "expansion: key": (KernelName("expansion", 256, "identity", "lock"), "key"),
     "substitution: data": (KernelName("substitute", form="table"), "data"),
+    "sealed counter: key": (KernelName("counter_sealed", 256, "table", "lock"), "key"),
+    "seal: data": (KernelName("seal"), "data"),
+    "seal: key": (KernelName("seal_keys"), "key"),
 }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "deeplock_kernels.checkpoints.safetensors": (
+    "deeplock_kernels.checkpoints.streaming": (
         "lock_file",
         "read_header",
         "rekey_file",
@@ -34,11 +34,11 @@ _HOME_BY_NAME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_BY_NAME)]
 
 if TYPE_CHECKING:
-    from deeplock_kernels.checkpoints.safetensors import lock_file as lock_file
-    from deeplock_kernels.checkpoints.safetensors import read_header as read_header
-    from deeplock_kernels.checkpoints.safetensors import rekey_file as rekey_file
-    from deeplock_kernels.checkpoints.safetensors import unlock_file as unlock_file
-    from deeplock_kernels.checkpoints.safetensors import verify_file as verify_file
+    from deeplock_kernels.checkpoints.streaming import lock_file as lock_file
+    from deeplock_kernels.checkpoints.streaming import read_header as read_header
+    from deeplock_kernels.checkpoints.streaming import rekey_file as rekey_file
+    from deeplock_kernels.checkpoints.streaming import unlock_file as unlock_file
+    from deeplock_kernels.checkpoints.streaming import verify_file as verify_file
     from deeplock_kernels.errors import DeepLockError as DeepLockError
     from deeplock_kernels.errors import TamperedError as TamperedError
     from deeplock_kernels.errors import TamperedHeaderError as TamperedHeaderError

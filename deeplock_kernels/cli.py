@@ -220,10 +220,10 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
-    from deeplock_kernels.checkpoints.container import read_table
+    from deeplock_kernels.checkpoints.streaming import data_bytes
 
     try:
-        total: int | None = read_table(path).data_bytes
+        total: int | None = data_bytes(path)
     except DeepLockError:  # said when the work begins
         total = None
     with tqdm(
@@ -262,7 +262,7 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import lock_file
+    from deeplock_kernels.checkpoints.streaming import lock_file
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
@@ -284,7 +284,7 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import unlock_file
+    from deeplock_kernels.checkpoints.streaming import unlock_file
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
@@ -294,7 +294,7 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import rekey_file
+    from deeplock_kernels.checkpoints.streaming import rekey_file
     from deeplock_kernels.keys import MasterKey
 
     with (
@@ -311,7 +311,7 @@ def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.safetensors import verify_file
+    from deeplock_kernels.checkpoints.streaming import verify_file
     from deeplock_kernels.keys import MasterKey
 
     with MasterKey.from_file(arguments.key) as key, _progress(arguments.file, "verifying") as progress:
@@ -321,15 +321,14 @@ def _verify(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.container import entry, read_table
+    from deeplock_kernels.checkpoints.streaming import read_layout
     from deeplock_kernels.header import LockHeader
 
-    table = read_table(arguments.file)
-    text = entry(table)
-    header = None if text is None else LockHeader.from_json(text)
-    nbytes = sum(tensor.nbytes for tensor in table.tensors.values())
+    layout = read_layout(arguments.file)
+    header = None if layout.header is None else LockHeader.from_json(layout.header)
+    nbytes = sum(tensor.nbytes for tensor in layout.tensors.values())
     yield (
-        f"{arguments.file}: {len(table.tensors)} tensors, {nbytes:,} bytes, "
+        f"{arguments.file}: {len(layout.tensors)} tensors, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:
@@ -339,8 +338,8 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
         )
         if header.schedule == "expansion":
             yield "warning: one known block of weights gives away the key of this schedule"
-    width = max((len(ascii(name)) for name in table.tensors), default=0)
-    for name, tensor in table.tensors.items():
+    width = max((len(ascii(name)) for name in layout.tensors), default=0)
+    for name, tensor in layout.tensors.items():
         record = header.tensors.get(name) if header is not None else None
         state = "plain" if record is None else "locked, sealed" if record.seal else "locked"
         yield (

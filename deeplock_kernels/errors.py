@@ -136,7 +136,7 @@ class FileAccessError(DeepLockError, OSError):
 
 
 class UnsupportedTierError(DeepLockError, RuntimeError):
-    """The processor (or the way Numba is configured) cannot run the tier that was asked for."""
+    """The processor (or the way Numba is configured) cannot run the tier asked for, or not in constant time."""
 
 
 class SelfTestError(DeepLockError, RuntimeError):

@@ -28,8 +28,8 @@ from support import KEYS, painted
 
 import deeplock_kernels
 from deeplock_kernels import measure, reference
-from deeplock_kernels.checkpoints import safetensors as checkpoints
-from deeplock_kernels.checkpoints.safetensors import lock_file, read_header
+from deeplock_kernels.checkpoints import streaming as checkpoints
+from deeplock_kernels.checkpoints.streaming import lock_file, read_header
 from deeplock_kernels.cli import main
 from deeplock_kernels.demo import show
 from deeplock_kernels.keys import MasterKey

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import SAFETENSORS_DTYPES
 
-from deeplock_kernels.checkpoints import container
-from deeplock_kernels.checkpoints.container import (
+from deeplock_kernels.checkpoints.formats import safetensors_table as container
+from deeplock_kernels.checkpoints.formats.safetensors_table import (
     DTYPE_BITS,
     ENTRY_KEY,
     canonical_table,

@@ -10,8 +10,8 @@ import safetensors
 from fuzz import CASES, TARGETS, container, differential, stored, target
 
 from deeplock_kernels import cli, header, locking, reference, tensors
-from deeplock_kernels.checkpoints import container as parser
-from deeplock_kernels.checkpoints import safetensors as checkpoints
+from deeplock_kernels.checkpoints import streaming as checkpoints
+from deeplock_kernels.checkpoints.formats import safetensors as format_of_safetensors
 from deeplock_kernels.errors import ContainerError, HeaderError, WrongKeyError
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.keys import MasterKey
@@ -135,14 +135,14 @@ BROKEN = [
     ("header", "counter.json", LockHeader, "to_json", giving(lambda text: f" {text}")),
     ("header", "field-twice.json", header._Reader, "_unique", lambda _: lambda _self, pairs: dict(pairs)),
     ("header", "starts-overlap.json", header._Reader, "_check_starts", doing_nothing),
-    ("command", "inspect", parser, "entry", raising(KeyError())),
+    ("command", "inspect", format_of_safetensors, "entry", raising(KeyError())),
     ("command", "unlock-plain", cli, "_complain", giving(lambda code: code + 6)),
     ("command", "unlock-plain", cli, "_complain", complaining_twice),
     ("command", "unlock-wrong-key", checkpoints, "unlock_file", leaving_a_file),
     ("command", "verify-altered", NamedLock, "expect", doing_nothing),
     ("command", "unlock-altered", NamedLock, "expect", doing_nothing),
     ("command", "keygen", MasterKey, "to_file", writing_a_copy),
-    ("command", "lock", checkpoints, "remove_entry", giving(lambda start: start + b" ")),
+    ("command", "lock", format_of_safetensors, "remove_entry", giving(lambda start: start + b" ")),
     ("command", "lock-onto-the-key-file", cli, "_spare_key_file", doing_nothing),
     ("command", "unlock-onto-the-key-file", cli, "_spare_key_file", doing_nothing),
     ("differential", "lock-one-byte.json", locking, "lock", flipping(0, EVERY_TIER[0])),

@@ -60,7 +60,7 @@ def test_what_is_planted_is_found(plant):
 
 
 KEEPING = """
-import json, os, statistics, sys
+import json, os, sys
 import load
 
 load.cut_small()
@@ -73,12 +73,12 @@ for work, warm, count in ((worker._lock_tensors, 300, 80), (worker._lock_flat, 2
         work("counter", 2)
     for schedule in ("counter", "expansion"):
         samples = [load.measure()]
-        for _ in range(3):
+        for _ in range(4):
             for _ in range(count):
                 work(schedule, 2)
             samples.append(load.measure())
         found[work.__name__ + " " + schedule] = {
-            name: statistics.median(b[name] - a[name] for a, b in zip(samples, samples[1:])) / count
+            name: min(b[name] - a[name] for a, b in zip(samples, samples[1:])) / count
             for name in samples[0]
         }
 print(json.dumps([worker.mismatches, found]))
@@ -87,11 +87,14 @@ print(json.dumps([worker.mismatches, found]))
 
 @linux_only
 def test_no_operation_keeps_anything(tmp_path):
-    """Not one piece of memory a call; beside threads that work, less than one per cent could not be told."""
+    """Not one piece of memory a call; beside threads that work, less than one per cent could not be told.
+
+    The least of four counts: lists of free objects fill ever more slowly, but what a call keeps is in each of them.
+    """
     mismatches, found = json.loads(run(KEEPING, tmp_path))
     assert mismatches == []
     for operation, kept in found.items():
-        assert kept["blocks"] < 1, operation
-        assert kept["objects"] < 1, operation
+        assert kept["blocks"] < 0.75, operation
+        assert kept["objects"] < 0.75, operation
         assert kept["files"] <= 0, operation
         assert kept.get("heap", 0) < 1000, operation

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from support import BITS, BOXES, IV, KEYS, SCHEDULES, oracle_mac, oracle_seal, painted, refuse, table_of
 
 from deeplock_kernels import reference, rekeying, transform
-from deeplock_kernels.checkpoints import safetensors as checkpoints
-from deeplock_kernels.checkpoints.safetensors import lock_file, read_header, rekey_file, unlock_file
+from deeplock_kernels.checkpoints import streaming as checkpoints
+from deeplock_kernels.checkpoints.streaming import lock_file, read_header, rekey_file, unlock_file
 from deeplock_kernels.errors import (
     BufferLayoutError,
     BufferTypeError,

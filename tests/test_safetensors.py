@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BITS, BOXES, KEYS, SAFETENSORS_DTYPES, SCHEDULES, oracle_mac, painted
 
-from deeplock_kernels.checkpoints import safetensors as checkpoints
-from deeplock_kernels.checkpoints.safetensors import lock_file, read_header, unlock_file
+from deeplock_kernels.checkpoints import streaming as checkpoints
+from deeplock_kernels.checkpoints.streaming import lock_file, read_header, unlock_file
 from deeplock_kernels.errors import (
     AlreadyLockedError,
     ContainerError,
@@ -726,7 +726,7 @@ def test_a_source_that_becomes_shorter_just_before_it_is_mapped(folder, monkeypa
 FULL_DISK = """
 import resource, sys
 from deeplock_kernels import files
-from deeplock_kernels.checkpoints.safetensors import lock_file, unlock_file
+from deeplock_kernels.checkpoints.streaming import lock_file, unlock_file
 function, source, target, key, limit, reserve = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 if reserve == "no":
@@ -758,7 +758,7 @@ def test_a_full_disk(tmp_path, target, reserve):
 MEMORY = """
 import os, resource, sys
 from pathlib import Path
-from deeplock_kernels.checkpoints.safetensors import lock_file, unlock_file
+from deeplock_kernels.checkpoints.streaming import lock_file, unlock_file
 
 folder, mib = Path(sys.argv[1]), 1 << 20
 plain, locked, restored = (folder / name for name in ("plain", "locked", "restored"))

@@ -29,7 +29,7 @@ import pytest
 import safetensors.numpy
 from support import KEYS, painted
 
-from deeplock_kernels.checkpoints.safetensors import lock_file, read_header, unlock_file, verify_file
+from deeplock_kernels.checkpoints.streaming import lock_file, read_header, unlock_file, verify_file
 from deeplock_kernels.errors import (
     ContainerError,
     DeepLockError,

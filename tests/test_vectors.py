@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from support import OPERATIONS
 from vectors import accumulated, generate, second
 
 from deeplock_kernels import reference
+from deeplock_kernels.rekeying import rekey
 from deeplock_kernels.sboxes import AES, SBox
 from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule
 
@@ -97,3 +99,17 @@ def test_the_oracle_answers_some_of_the_drawn_cases_alike():
             stream = reference.counter_keystream(case.key, case.iv, len(case.data), case.offset)
         wanted = {"lock": reference.lock, "unlock": reference.unlock}[case.direction](case.data, stream, case.table)
         assert accumulated.answer(case) == wanted, case._replace(data=b"", table=b"")
+
+
+def test_rekeying_is_that_of_the_second_implementation(tier):
+    drawn = map(accumulated.case, range(0, STORED["cases"], 4))
+    cases = [case for case in drawn if case.iv and case.table == second.AES_SBOX]
+    assert len(cases) > 20
+    for case, other in itertools.pairwise(cases):
+        old = second.counter_stream(case.key, case.iv, len(case.data), case.offset)
+        new = second.counter_stream(other.key, other.iv, len(case.data), case.offset)
+        wanted = second.rekey(case.data, old, new, case.table)
+        assert reference.rekey(case.data, old, new, case.table) == wanted
+        schedules = CounterSchedule(case.key, case.iv), CounterSchedule(other.key, other.iv)
+        data = np.frombuffer(case.data, np.uint8)
+        assert rekey(data, *schedules, sbox=boxes(case.table), offset=case.offset).tobytes() == wanted

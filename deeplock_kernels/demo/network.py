@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deeplock_kernels.checkpoints.container import read_table
+from deeplock_kernels.checkpoints.formats.safetensors_table import read_table
 from deeplock_kernels.errors import ContainerError, ParameterError, TensorNameError
 
 __all__ = [

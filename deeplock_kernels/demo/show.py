@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 
 from deeplock_kernels import measure
-from deeplock_kernels.checkpoints.safetensors import lock_file, unlock_file
+from deeplock_kernels.checkpoints.streaming import lock_file, unlock_file
 from deeplock_kernels.demo.network import HELD_OUT_FILE, WEIGHTS_FILE, accuracy, load_tensors
 from deeplock_kernels.keys import MasterKey
 from deeplock_kernels.runtime.pool import resolve_threads

@@ -25,8 +25,8 @@ import numpy as np
 import safetensors.numpy
 
 from deeplock_kernels import cli
-from deeplock_kernels.checkpoints.container import entry, read_table
-from deeplock_kernels.checkpoints.safetensors import lock_file
+from deeplock_kernels.checkpoints.formats.safetensors_table import entry, read_table
+from deeplock_kernels.checkpoints.streaming import lock_file
 from deeplock_kernels.keys import MasterKey
 
 COMMANDS = ["keygen", "lock", "unlock", "verify", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]

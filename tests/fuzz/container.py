@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 
-from deeplock_kernels.checkpoints.container import (
+from deeplock_kernels.checkpoints.formats.safetensors_table import (
     DTYPE_BITS,
     ENTRY_KEY,
     Table,

@@ -56,6 +56,11 @@ def unlock(locked: bytes, stream: bytes, table: bytes) -> bytes:
     return exclusive_or(locked.translate(inverse_of(table)), stream)
 
 
+def rekey(locked: bytes, old: bytes, new: bytes, table: bytes) -> bytes:
+    """Give what a lock with the new key stream gives of what the old one locked."""
+    return lock(unlock(locked, old, table), new, table)
+
+
 def expansion_stream(key: bytes, nbytes: int) -> bytes:
     """Give the key stream of the schedule "expansion" from its start: the key expansion behind the key itself."""
     length = len(key)

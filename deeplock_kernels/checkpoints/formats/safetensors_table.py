@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
+from deeplock_kernels.checkpoints.formats.base import TensorEntry
 from deeplock_kernels.errors import AlreadyLockedError, ContainerError, NotLockedError, ParameterError
 from deeplock_kernels.files import check_regular, file_errors, path_text
 
@@ -69,32 +70,6 @@ _JSON = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a table.
-
-    Attributes
-    ----------
-    name, dtype
-        As in the file.
-    shape
-        Elements along each axis; empty for a scalar.
-    start, stop
-        Where its bytes lie, counted from the start of the data (`Table.data_start`).
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
 class Table:
     """The table of a file.
 
@@ -107,7 +82,7 @@ class Table:
     data_bytes
         The size of the data.
     tensors
-        Every tensor by name, in the order of the data.
+        Every tensor by name, in the order of the data; `start` and `stop` count from `data_start`.
     metadata
         The `__metadata__` strings, or None if the table has none.
     source
