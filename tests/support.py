@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import json
 import mmap
+import os
 import random
 
 import ml_dtypes
@@ -127,6 +129,13 @@ def forget_transforms():
     """Make the package choose pieces and ask for kernels anew."""
     Transform.of.cache_clear()
     locking._latest.clear()
+
+
+def framework(name):
+    """Import a framework; its absence is an error where DEEPLOCK_REQUIRE_FRAMEWORKS is set, as in the gate."""
+    if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
 
 
 def kernel_id(value):

@@ -18,6 +18,7 @@ if not hasattr(torch.library, "custom_op"):
 
 from deeplock_kernels.frameworks.torch import operators as operators
 from deeplock_kernels.frameworks.torch.keyed import KeyedModule
+from deeplock_kernels.frameworks.torch.loading import load_state_dict
 from deeplock_kernels.frameworks.torch.modules import (
     lock_module,
     lock_state_dict,
@@ -29,6 +30,7 @@ from deeplock_kernels.frameworks.torch.modules import (
 
 __all__ = [
     "KeyedModule",
+    "load_state_dict",
     "lock_module",
     "lock_state_dict",
     "rekey_module",

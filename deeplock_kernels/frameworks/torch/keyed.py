@@ -146,8 +146,8 @@ class KeyedModule:
             The header, or the tensor that the message names, is not as it was locked.
         ParameterError
             Gradients are asked for.
-        BufferTypeError
-            A tensor is used while its layer does not run.
+        LayerError
+            A locked tensor is used while its layer does not run.
         KeyTypeError, KeyFormatError, KeyWipedError, SBoxError
             Another argument is wrong.
         """

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from deeplock_kernels.errors import BufferTypeError
+from deeplock_kernels.errors import LayerError
 from deeplock_kernels.frameworks.torch.scratch import Group, Layer, Locked, Scratch
 from deeplock_kernels.named_lock import NamedLock
 
@@ -111,7 +111,7 @@ class Unlocking:
     def open(self, layer: Layer) -> tuple[_Held, list[Tensor]]:
         """Unlock a layer; what this gives is for `close`."""
         if self._lock is None:
-            raise BufferTypeError("module: its copy runs outside of the call that has the key; call the KeyedModule")
+            raise LayerError("module: its copy runs outside of the call that has the key; call the KeyedModule")
         with torch._C.DisableTorchFunction():  # a Watch is for what the module does
             held = self._hold(self._group_of(layer))
             held.wait()
@@ -272,7 +272,7 @@ class Watch(TorchFunctionMode):
             one = self._stand_ins.get(id(tensor)) if tensor.numel() == 0 else None
             one = one or self._storages.get(tensor.untyped_storage().data_ptr())
             if one is not None:
-                raise BufferTypeError(
+                raise LayerError(
                     f"tensors[{one.name!r}]: it is used while the module that owns it does not run, so it is locked; "
                     "give the class of the module that uses it in `layers`, or use it through a module of its own"
                 )
