@@ -62,12 +62,14 @@ class Unlocking:
 
     Attributes
     ----------
+    largest
+        The bytes of the largest layer.
     peak_bytes
         The greatest number of plain bytes at a time in the last call.
     """
 
     def __init__(self, layers: Sequence[Layer], *, prefetch: bool) -> None:
-        self._largest = max((layer.nbytes for layer in layers), default=0)
+        self.largest = max((layer.nbytes for layer in layers), default=0)
         self._prefetch = prefetch
         self._order: list[Layer] = []
         self._course: list[Group] = []  # the group of each layer in the order
@@ -176,7 +178,7 @@ class Unlocking:
             scratch = min(self._free, key=lambda each: (max(each.plain - group.nbytes, 0), -each.plain))
             self._free.remove(scratch)
         else:
-            scratch = Scratch(self._largest)
+            scratch = Scratch(self.largest)
             self._all.append(scratch)
         held = self._held[group] = _Held(group, scratch)
         return held
@@ -217,7 +219,7 @@ class Unlocking:
                 self._course.append(Group(layer))
                 continue
             more = 0 if group is not None and layer in group.layers else layer.nbytes
-            if group is None or group.nbytes + more > self._largest:
+            if group is None or group.nbytes + more > self.largest:
                 group = Group(layer)
             else:
                 group.add(layer)
