@@ -1,7 +1,8 @@
-"""What the package costs in PyTorch: `python -m benchmarks.frameworks [--rounds N] [--quick] [TABLE ...]`.
+"""What the package costs in PyTorch, which has to be installed.
 
-Everything is a ratio of two pieces of work that ran one right after the other, in each of many rounds; a table gives the
-median and the range. PyTorch has to be installed.
+`python -m benchmarks.frameworks [--rounds N] [--quick] [overhead] [speed] [queries]`
+
+Whatever is compared ran one right after the other, in each of many rounds; a table gives the median and the range.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from benchmarks import environment, networks
 from benchmarks.models import NETWORKS
 from benchmarks.rounds import Work, repeat, seconds_of
-from deeplock_kernels import CounterSchedule, lock, lock_tensors, unlock_tensors
+from deeplock_kernels import CounterSchedule, LockHeader, lock, lock_tensors, unlock_tensors
 from deeplock_kernels.frameworks.torch import KeyedModule, lock_module, unlock_module
 
 KEY = bytes(range(32))
@@ -93,54 +95,47 @@ def speed(rounds: int, quick: bool) -> Iterator[str]:
     for model in NETWORKS[:1] if quick else [model for model in NETWORKS if model.name in _LARGE]:
         module = networks.storage(model)
         flat = {"flat": torch.zeros(model.nbytes, dtype=torch.uint8)}
-        locking, unlocking = [], []
-        for _ in range(rounds + 1):
-            header, taken = [], []
-            for data in (lambda: header.append(lock_tensors(flat, KEY)), lambda: header.append(lock_module(module, KEY))):
-                taken.append(seconds_of(data))
-            locking.append(taken[0] / taken[1])
-            first = seconds_of(lambda: unlock_tensors(flat, KEY, header[0]))
-            unlocking.append(first / seconds_of(lambda: unlock_module(module, KEY, header[1])))
-        sizes = f"{len(model.tensors)} | {model.nbytes / 2**20:.0f}"
-        yield f"| {model.name} | {sizes} | {spread(locking[1:])} | {spread(unlocking[1:])} |"
+        pairs = [_turn(flat, module) for _ in range(rounds + 1)][1:]
+        cells = f"{len(model.tensors)} | {model.nbytes / 2**20:.0f}"
+        for ratios in zip(*pairs, strict=True):
+            cells += f" | {spread(list(ratios))}"
+        yield f"| {model.name} | {cells} |"
+
+
+def _turn(flat: dict[str, torch.Tensor], module: torch.nn.Module) -> tuple[float, float]:
+    """Lock and unlock both, and give how fast the module was beside the flat tensor."""
+    headers: list[LockHeader] = []
+    flat_locking = seconds_of(lambda: headers.append(lock_tensors(flat, KEY)))
+    locking = seconds_of(lambda: headers.append(lock_module(module, KEY)))
+    flat_unlocking = seconds_of(lambda: unlock_tensors(flat, KEY, headers[0]))
+    unlocking = seconds_of(lambda: unlock_module(module, KEY, headers[1]))
+    return flat_locking / locking, flat_unlocking / unlocking
 
 
 def queries(rounds: int, quick: bool) -> Iterator[str]:
     """Write what a key costs for each query."""
-    yield (
-        "| network | batch | plain, ms | keyed, more | in a session | no prefetch | no seals | plain weights at a time, MiB "
-        "(the largest layer) |"
-    )
-    yield "| :-- | --: | --: | --: | --: | --: | --: | --: |"
+    yield "| network | batch | plain, ms | keyed: more | in a session | no prefetch | no seals | peak, MiB | two layers |"
+    yield "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |"
     for name, (make, shape) in _QUERIES.items():
         plain = make().eval()
         module = copy.deepcopy(plain)
         header = lock_module(module, KEY)
-        keyed = {
-            "keyed": KeyedModule(module, header),
-            "no prefetch": KeyedModule(module, header, prefetch=False),
-            "no seals": KeyedModule(module, header, seal=False),
-        }
-        largest = keyed["keyed"]._unlocking.largest / 2**20
+        keyed = KeyedModule(module, header)
+        others = [KeyedModule(module, header, prefetch=False), KeyedModule(module, header, seal=False)]
         for batch in (1,) if quick else (1, 8, 32):
-            x = torch.randn(batch, *(shape if not quick or len(shape) < 3 else (3, 32, 32)))
-            found: dict[str, list[float]] = {}
-            with torch.no_grad(), keyed["keyed"].session(KEY) as compute:
-                works: dict[str, Work] = {
-                    each: lambda each=each, x=x: keyed[each](x, key=KEY) for each in keyed  # type: ignore[misc]
-                }
-                works["session"] = lambda compute=compute, x=x: compute(x)  # type: ignore[misc]
+            x = torch.randn(batch, *((3, 32, 32) if quick and len(shape) == 3 else shape))
+            with torch.no_grad(), keyed.session(KEY) as compute:
+                works = [partial(keyed, x, key=KEY), partial(compute, x), *(partial(each, x, key=KEY) for each in others)]
                 base: list[float] = []
-                for each, work in works.items():
-                    a, b = compared(lambda x=x: plain(x), work, rounds)  # type: ignore[misc]
-                    found[each] = [100 * (second / first - 1) for first, second in zip(a, b, strict=True)]
-                    base += a
-            cells = [spread(found[each], "{:.0f} %") for each in ("keyed", "session", "no prefetch", "no seals")]
-            peak = keyed["keyed"].peak_bytes / 2**20
-            yield (
-                f"| {name} | {batch} | {spread([1e3 * value for value in base], '{:.1f}')} | {' | '.join(cells)} | "
-                f"{peak:.1f} ({largest:.1f}) |"
-            )
+                cells = []
+                for work in works:
+                    first, second = compared(partial(plain, x), work, rounds)
+                    base += first
+                    more = [100 * (b / a - 1) for a, b in zip(first, second, strict=True)]
+                    cells.append(spread(more, "{:.0f} %"))
+            sizes = f"{keyed.peak_bytes / 2**20:.1f} | {2 * keyed._unlocking.largest / 2**20:.1f}"
+            milliseconds = spread([1e3 * value for value in base], "{:.1f}")
+            yield f"| {name} | {batch} | {milliseconds} | {' | '.join(cells)} | {sizes} |"
 
 
 TABLES = {"overhead": overhead, "speed": speed, "queries": queries}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import pickle
 import re
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,6 +285,16 @@ def test_a_file_that_does_not_fit_changes_nothing(saved):
     assert everything(module) != before[0]
 
 
+def test_a_cast_of_locked_tensors_loses_bits_and_the_seal_says_so():
+    module = nn.Linear(40, 40)
+    header = lock_module(module, KEY, only="weight")
+    module.weight.data = module.weight.data.double().float()  # makes signalling NaNs quiet ones
+    again = everything(module)
+    module.weight.data = module.weight.data.to(torch.bfloat16).float()
+    assert everything(module) != again
+    refuse(errors.TamperedError, ValueError, "tensors['weight']: ", unlock_module, module, KEY, header)
+
+
 # Computing with a key
 
 
@@ -396,7 +404,7 @@ def test_a_locked_module_computes_what_the_plain_one_does(name, prefetch):
     assert everything(module) == locked
     assert places(module) == addresses
     unlocked = sum(record.nbytes for record in header.tensors.values() if not record.same_as)
-    assert 0 < keyed.peak_bytes
+    assert keyed.peak_bytes > 0
     if name == "large":
         assert keyed.peak_bytes <= 2 * (300 * 301 * 4 + 64)
         assert keyed.peak_bytes < unlocked
@@ -624,8 +632,11 @@ def test_operators_refuse():
     assert (data == 1).all()
     weight = nn.Parameter(torch.ones(4))
     locked = OPERATORS.lock(weight, KEY_TENSOR, IV)
-    with pytest.raises(RuntimeError, match=r"deeplock.lock.*no autograd formula"):
+    with pytest.raises(NotImplementedError, match=r"^deeplock: locked bytes have no gradient"):
         locked.sum().backward()
+    version = weight._version
+    OPERATORS.lock_(weight.detach(), KEY_TENSOR, IV)
+    assert weight._version > version
 
 
 def unlocked_product(x, weight, key, iv):

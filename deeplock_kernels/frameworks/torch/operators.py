@@ -8,6 +8,8 @@ they become constants of its graph.
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,10 @@ from deeplock_kernels.buffers import memory
 from deeplock_kernels.errors import KeyTypeError
 from deeplock_kernels.keys import Hidden
 from deeplock_kernels.schedules import CounterSchedule
+
+# `torch.library.custom_op` would do all of this, at ten times the cost of a call.
+_OPERANDS = "Tensor key, Tensor iv, str sbox='aes', SymInt offset=0"
+_NEW, _IN_PLACE = f"(Tensor data, {_OPERANDS}) -> Tensor", f"(Tensor(a!) data, {_OPERANDS}) -> ()"
 
 
 def _schedule(key: Tensor, iv: Tensor) -> CounterSchedule:
@@ -29,7 +35,6 @@ def _schedule(key: Tensor, iv: Tensor) -> CounterSchedule:
     return CounterSchedule(Hidden(key.numpy().tobytes()), Hidden(iv.numpy().tobytes()))
 
 
-@torch.library.custom_op("deeplock::lock", mutates_args=(), device_types="cpu")
 def lock(data: Tensor, key: Tensor, iv: Tensor, sbox: str = "aes", offset: int = 0) -> Tensor:
     """Give the locked bytes of `data` as a new tensor of its shape and dtype; see `deeplock_kernels.lock`."""
     with _schedule(key, iv) as schedule:
@@ -37,7 +42,6 @@ def lock(data: Tensor, key: Tensor, iv: Tensor, sbox: str = "aes", offset: int =
         return locked
 
 
-@torch.library.custom_op("deeplock::unlock", mutates_args=(), device_types="cpu")
 def unlock(data: Tensor, key: Tensor, iv: Tensor, sbox: str = "aes", offset: int = 0) -> Tensor:
     """Give the unlocked bytes of `data` as a new tensor of its shape and dtype; see `deeplock_kernels.unlock`."""
     with _schedule(key, iv) as schedule:
@@ -45,14 +49,12 @@ def unlock(data: Tensor, key: Tensor, iv: Tensor, sbox: str = "aes", offset: int
         return unlocked
 
 
-@torch.library.custom_op("deeplock::lock_", mutates_args=("data",), device_types="cpu")
 def lock_(data: Tensor, key: Tensor, iv: Tensor, sbox: str = "aes", offset: int = 0) -> None:
     """Lock `data` in place; see `deeplock_kernels.lock`."""
     with _schedule(key, iv) as schedule:
         locking.lock(data, schedule, sbox=sbox, offset=offset, out=data)
 
 
-@torch.library.custom_op("deeplock::unlock_", mutates_args=("data",), device_types="cpu")
 def unlock_(data: Tensor, key: Tensor, iv: Tensor, sbox: str = "aes", offset: int = 0) -> None:
     """Unlock `data` in place; see `deeplock_kernels.unlock`."""
     with _schedule(key, iv) as schedule:
@@ -67,7 +69,19 @@ def _nothing_new(data: Tensor, key: Tensor, iv: Tensor, sbox: str = "aes", offse
     return None
 
 
-for _operator in (lock, unlock):
-    _operator.register_fake(_new_tensor)
-for _operator in (lock_, unlock_):
-    _operator.register_fake(_nothing_new)
+def _no_gradient(context: Any, gradient: Tensor) -> NoReturn:
+    raise NotImplementedError("deeplock: locked bytes have no gradient; lock and unlock under torch.no_grad()")
+
+
+for _function, _schema, _fake in (
+    (lock, _NEW, _new_tensor),
+    (unlock, _NEW, _new_tensor),
+    (lock_, _IN_PLACE, _nothing_new),
+    (unlock_, _IN_PLACE, _nothing_new),
+):
+    _name = f"deeplock::{_function.__name__}"
+    torch.library.define(_name, _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(_name, "cpu", _function)
+    torch.library.register_fake(_name, _fake)
+    if _schema is _NEW:
+        torch.library.register_autograd(_name, _no_gradient)
