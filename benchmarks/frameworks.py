@@ -114,7 +114,7 @@ def _turn(flat: dict[str, torch.Tensor], module: torch.nn.Module) -> tuple[float
 
 def queries(rounds: int, quick: bool) -> Iterator[str]:
     """Write what a key costs for each query."""
-    yield "| network | batch | plain, ms | keyed: more | in a session | no prefetch | no seals | peak, MiB | two layers |"
+    yield "| network | batch | plain, ms | keyed: more | session | no prefetch | no seals | peak, MiB | two layers |"
     yield "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |"
     for name, (make, shape) in _QUERIES.items():
         plain = make().eval()
@@ -125,7 +125,8 @@ def queries(rounds: int, quick: bool) -> Iterator[str]:
         for batch in (1,) if quick else (1, 8, 32):
             x = torch.randn(batch, *((3, 32, 32) if quick and len(shape) == 3 else shape))
             with torch.no_grad(), keyed.session(KEY) as compute:
-                works = [partial(keyed, x, key=KEY), partial(compute, x), *(partial(each, x, key=KEY) for each in others)]
+                works = [partial(keyed, x, key=KEY), partial(compute, x)]
+                works += [partial(each, x, key=KEY) for each in others]
                 base: list[float] = []
                 cells = []
                 for work in works:
