@@ -381,12 +381,6 @@ def same(a, b):
     return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def scratch_is_wiped(keyed):
-    return all((each._bytes == 0).all() for each in keyed._unlocking._all if each.wipe() is None) and all(
-        each.plain == 0 for each in keyed._unlocking._all
-    )
-
-
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_locked_module_computes_what_the_plain_one_does(name, prefetch):
@@ -403,11 +397,11 @@ def test_a_locked_module_computes_what_the_plain_one_does(name, prefetch):
     assert name == "vision" or same(found, expected)
     assert everything(module) == locked
     assert places(module) == addresses
-    unlocked = sum(record.nbytes for record in header.tensors.values() if not record.same_as)
-    assert keyed.peak_bytes > 0
     if name == "large":
-        assert keyed.peak_bytes <= 2 * (300 * 301 * 4 + 64)
-        assert keyed.peak_bytes < unlocked
+        layer = 300 * 301 * 4
+        assert layer < keyed.peak_bytes <= (2 if prefetch else 1) * layer * 17 / 16 + 64
+        assert (keyed.peak_bytes > 1.5 * layer) == prefetch
+        assert len(locked["0.weight"]) * 3 > keyed.peak_bytes
 
 
 def plain_parts(keyed, module):
@@ -601,7 +595,8 @@ SCHEDULE = deeplock_kernels.CounterSchedule(bytes(range(16)), bytes(range(100, 1
 @pytest.mark.parametrize("name", ["lock", "unlock", "lock_", "unlock_"])
 def test_operators_do_what_they_declare(name):
     operator = getattr(OPERATORS, name).default
-    for data in (torch.randn(3, 5), torch.ones(4, dtype=torch.bfloat16)):
+    turned = [] if name.endswith("_") else [torch.randn(3, 5).T]
+    for data in (torch.randn(3, 5), torch.ones(4, dtype=torch.bfloat16), *turned):
         torch.library.opcheck(operator, (data, KEY_TENSOR, IV), {"sbox": "sm4", "offset": 5})
 
 

@@ -43,8 +43,9 @@ class KeyedModule:
     is left. The module itself stays locked all the while.
 
     A layer is a module that has parameters or buffers of its own; `torch.nn.MultiheadAttention` and
-    `torch.nn.TransformerEncoderLayer` are one layer each with all that is in them. Plain at a time are one layer, the
-    next one with `prefetch`, and what modules around it own themselves, such as a class token.
+    `torch.nn.TransformerEncoderLayer` are one layer each with all that is in them. Small ones are unlocked together.
+    Plain at a time is hardly more than the largest layer, with `prefetch` twice that, and what modules around the
+    layers own themselves, such as a class token.
 
     Calls from several threads run one after the other. What the layers themselves make of their weights (as a weight
     in another layout) is PyTorch's memory, and is not wiped.

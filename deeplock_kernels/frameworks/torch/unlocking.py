@@ -18,6 +18,7 @@ from deeplock_kernels.errors import LayerError
 from deeplock_kernels.frameworks.torch.scratch import Group, Layer, Locked, Scratch
 from deeplock_kernels.named_lock import NamedLock
 
+_SLACK = 16  # a buffer is larger by that part of the largest layer, so that small ones fit beside it
 _WORTH_A_THREAD = 256 << 10  # bytes of a group from which on it is unlocked ahead
 
 
@@ -50,8 +51,8 @@ class Unlocking:
     """Opens and closes layers while a module runs.
 
     The first call unlocks each layer for itself, and learns the order. Later calls unlock as many layers together as
-    take no more room than the largest one, and with `prefetch` the next ones beside them: two buffers at a time, and
-    one more for each layer that others run within.
+    take hardly more room than the largest one, and with `prefetch` the next ones beside them: two buffers at a time,
+    and one more for each layer that others run within.
 
     Parameters
     ----------
@@ -70,6 +71,7 @@ class Unlocking:
 
     def __init__(self, layers: Sequence[Layer], *, prefetch: bool) -> None:
         self.largest = max((layer.nbytes for layer in layers), default=0)
+        self._room = self.largest + self.largest // _SLACK
         self._prefetch = prefetch
         self._order: list[Layer] = []
         self._course: list[Group] = []  # the group of each layer in the order
@@ -178,7 +180,7 @@ class Unlocking:
             scratch = min(self._free, key=lambda each: (max(each.plain - group.nbytes, 0), -each.plain))
             self._free.remove(scratch)
         else:
-            scratch = Scratch(self.largest)
+            scratch = Scratch(self._room)
             self._all.append(scratch)
         held = self._held[group] = _Held(group, scratch)
         return held
@@ -219,7 +221,7 @@ class Unlocking:
                 self._course.append(Group(layer))
                 continue
             more = 0 if group is not None and layer in group.layers else layer.nbytes
-            if group is None or group.nbytes + more > self.largest:
+            if group is None or group.nbytes + more > self._room:
                 group = Group(layer)
             else:
                 group.add(layer)
