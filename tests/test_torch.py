@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import re
+import signal
 import threading
 
 import numpy as np
@@ -33,6 +34,7 @@ from deeplock_kernels.frameworks.torch import (  # noqa: E402
     verify_module,
 )
 
+torch.set_num_threads(1)  # its threads wait for each other at work, which takes long where others work too
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 DTYPES = [
     name
@@ -576,10 +578,10 @@ def test_keyed_modules_among_threads_processes_and_pickles():
     again = pickle.loads(pickle.dumps(keyed))
     assert torch.equal(again(x, key=KEY), expected)
     assert again._settings == keyed._settings
-    torch.set_num_threads(1)
     keyed._mutex.acquire()  # as by a thread that the child has not got
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # or it may wait for ever
         os._exit(0 if torch.equal(keyed(x, key=KEY), expected) else 1)
     keyed._mutex.release()
     assert os.waitpid(child, 0)[1] == 0
