@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "deeplock_kernels.checkpoints.inplace": ("lock_file_in_place", "recover_file", "unlock_file_in_place"),
+    "deeplock_kernels.checkpoints.loading": ("load_file", "open_locked"),
+    "deeplock_kernels.checkpoints.sharded": (
+        "lock_checkpoint",
+        "rekey_checkpoint",
+        "unlock_checkpoint",
+        "verify_checkpoint",
+    ),
     "deeplock_kernels.checkpoints.streaming": (
         "lock_file",
         "read_header",
@@ -20,8 +28,11 @@ _HOMES = {
     ),
     "deeplock_kernels.errors": ("DeepLockError", "TamperedError", "TamperedHeaderError", "WrongKeyError"),
     "deeplock_kernels.header": ("LockHeader",),
+    "deeplock_kernels.key_sources": ("key_from_command", "key_from_environment"),
+    "deeplock_kernels.key_wrapping": ("rewrap_key", "unwrap_key", "wrap_key"),
     "deeplock_kernels.keys": ("MasterKey",),
     "deeplock_kernels.locking": ("lock", "substitute", "unlock"),
+    "deeplock_kernels.passphrases": ("Passphrase",),
     "deeplock_kernels.rekeying": ("rekey", "rekey_tensors"),
     "deeplock_kernels.runtime.pool": ("get_num_threads", "set_num_threads"),
     "deeplock_kernels.runtime.tiers": ("tiers", "use_tier", "warmup"),
@@ -34,6 +45,15 @@ _HOME_BY_NAME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_BY_NAME)]
 
 if TYPE_CHECKING:
+    from deeplock_kernels.checkpoints.inplace import lock_file_in_place as lock_file_in_place
+    from deeplock_kernels.checkpoints.inplace import recover_file as recover_file
+    from deeplock_kernels.checkpoints.inplace import unlock_file_in_place as unlock_file_in_place
+    from deeplock_kernels.checkpoints.loading import load_file as load_file
+    from deeplock_kernels.checkpoints.loading import open_locked as open_locked
+    from deeplock_kernels.checkpoints.sharded import lock_checkpoint as lock_checkpoint
+    from deeplock_kernels.checkpoints.sharded import rekey_checkpoint as rekey_checkpoint
+    from deeplock_kernels.checkpoints.sharded import unlock_checkpoint as unlock_checkpoint
+    from deeplock_kernels.checkpoints.sharded import verify_checkpoint as verify_checkpoint
     from deeplock_kernels.checkpoints.streaming import lock_file as lock_file
     from deeplock_kernels.checkpoints.streaming import read_header as read_header
     from deeplock_kernels.checkpoints.streaming import rekey_file as rekey_file
@@ -44,10 +64,16 @@ if TYPE_CHECKING:
     from deeplock_kernels.errors import TamperedHeaderError as TamperedHeaderError
     from deeplock_kernels.errors import WrongKeyError as WrongKeyError
     from deeplock_kernels.header import LockHeader as LockHeader
+    from deeplock_kernels.key_sources import key_from_command as key_from_command
+    from deeplock_kernels.key_sources import key_from_environment as key_from_environment
+    from deeplock_kernels.key_wrapping import rewrap_key as rewrap_key
+    from deeplock_kernels.key_wrapping import unwrap_key as unwrap_key
+    from deeplock_kernels.key_wrapping import wrap_key as wrap_key
     from deeplock_kernels.keys import MasterKey as MasterKey
     from deeplock_kernels.locking import lock as lock
     from deeplock_kernels.locking import substitute as substitute
     from deeplock_kernels.locking import unlock as unlock
+    from deeplock_kernels.passphrases import Passphrase as Passphrase
     from deeplock_kernels.rekeying import rekey as rekey
     from deeplock_kernels.rekeying import rekey_tensors as rekey_tensors
     from deeplock_kernels.runtime.pool import get_num_threads as get_num_threads

@@ -10,19 +10,28 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from deeplock_kernels import __version__
 from deeplock_kernels.errors import (
     DeepLockError,
+    ExposedKeyWarning,
     FileAccessError,
+    ParameterError,
     SameFileError,
     TamperedError,
     WrongKeyError,
 )
+
+if TYPE_CHECKING:
+    from deeplock_kernels.keys import MasterKey
+    from deeplock_kernels.passphrases import Passphrase
 
 DONE, FAILED, USAGE, WRONG_KEY, TAMPERED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _LARGEST_SIZE = 1 << 46  # bytes, beyond what any machine has
@@ -40,7 +49,8 @@ _UNITS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code."""
-    parsed = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parsed = _parser(in_place=_in_place(words)).parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
@@ -79,12 +89,22 @@ def _print(line: str) -> None:
 
 
 def _complain(error: object, code: int) -> int:
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-    print(f"deeplock: error: {line}", file=sys.stderr)
+    _say("error", error)
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _say(kind: str, message: object) -> None:
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+    print(f"deeplock: {kind}: {line}", file=sys.stderr)
+
+
+def _in_place(words: Sequence[str]) -> bool:
+    """Say whether a command line has no OUT, which has to be known before it is parsed."""
+    options = itertools.takewhile(lambda word: word != "--", words)
+    return any(len(word) > 2 and "--in-place".startswith(word) for word in options)
+
+
+def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deeplock",
         description="Lock the weights of trained networks: without the key a model loads and computes nonsense.",
@@ -104,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)"
     )
 
-    locker = command("lock", _lock, "lock a safetensors file")
-    _add_files(locker)
+    locker = command("lock", _lock, "lock a safetensors, npy, npz, GGUF or ONNX file, or a directory of shards")
+    _add_files(locker, output=not in_place)
+    _add_in_place(locker)
     locker.add_argument(
         "--schedule",
         type=_schedule,
@@ -120,21 +141,47 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     locker.add_argument(
+        "--exclude", metavar="GLOB", action="append", help="leave such files of a directory out; may be repeated"
+    )
+    locker.add_argument(
         "--no-seal",
         dest="seal",
         action="store_false",
         help="leave out the seals by which unlocking notices altered weights",
     )
 
-    _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
+    unlocker = command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte")
+    _add_files(unlocker, output=not in_place)
+    _add_in_place(unlocker)
+
+    recoverer = command("recover", _recover, "finish a lock or unlock in place that was interrupted, or take it back")
+    recoverer.add_argument("file", metavar="FILE", help="the file; one that is whole stays as it is")
+    recoverer.add_argument("--undo", action="store_true", help="make it what it was, not what it was to become")
+    _add_key(recoverer)
+    _add_threads(recoverer)
 
     rekeyer = command("rekey", _rekey, "lock a locked file anew under another key, without unlocking it")
     _add_files(rekeyer)
-    rekeyer.add_argument("--new-key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
+    _add_key(rekeyer, "new-")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
-    verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
+    verifier.add_argument("file", metavar="FILE", help="the locked file or directory; it is only read")
     _add_key(verifier)
+    _add_workers(verifier)
+    _add_threads(verifier)
+
+    wrapper = command("wrap-key", _wrap_key, "make a data key for one model, encrypted under a master key")
+    wrapper.add_argument("output", metavar="WRAPPED", help="the file to write; never overwritten")
+    wrapper.add_argument(
+        "--bits", type=int, choices=(128, 192, 256), default=256, help="the data key's length (default 256)"
+    )
+    _add_key_source(wrapper)
+
+    rewrapper = command("rewrap-key", _rewrap_key, "encrypt a data key anew under another master key")
+    rewrapper.add_argument("input", metavar="WRAPPED", help="a file made by `deeplock wrap-key`")
+    rewrapper.add_argument("output", metavar="OUT", help="the file to write; never overwritten")
+    _add_key_source(rewrapper)
+    _add_key_source(rewrapper, "new-")
 
     inspect = command("inspect", _inspect, "show what a file holds and what of it is locked; needs no key")
     inspect.add_argument("file", metavar="FILE")
@@ -163,14 +210,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN", help="the safetensors file to read")
-    parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
+def _add_files(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
+    parser.add_argument("input", metavar="IN", help="the file, or the directory of shards, to read")
+    if output:
+        parser.add_argument("output", metavar="OUT", help="what to write; it appears when it is complete")
     _add_key(parser)
+    _add_threads(parser)
+    _add_workers(parser)
 
 
-def _add_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, default=None, metavar="N", help="work on a directory with N processes"
+    )
+
+
+def _add_in_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="change IN itself, without OUT, where the disk has no room for both; slower, see `deeplock recover`",
+    )
+
+
+def _add_key(parser: argparse.ArgumentParser, new: str = "") -> None:
+    _add_key_source(parser, new)
+    parser.add_argument(
+        f"--{new}wrapped-key",
+        metavar="FILE",
+        help="a file made by `deeplock wrap-key`; the key above unwraps the one in it, which is used",
+    )
+
+
+def _add_key_source(parser: argparse.ArgumentParser, new: str = "") -> None:
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument(f"--{new}key", metavar="KEYFILE", help="a file made by `deeplock keygen`")
+    sources.add_argument(f"--{new}key-env", metavar="NAME", help="an environment variable that holds the key")
+    sources.add_argument(f"--{new}key-command", metavar="CMD", help="a command that prints the key; no shell runs it")
+    sources.add_argument(f"--{new}passphrase", action="store_true", help="a passphrase, asked for on the terminal")
+    sources.add_argument(
+        f"--{new}passphrase-file", metavar="FILE", help="a file with a passphrase on its only line, or /dev/stdin"
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
 
 
@@ -220,10 +303,12 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import data_bytes
 
+    place = checkpoint_at(path)
     try:
-        total: int | None = data_bytes(path)
+        total: int | None = data_bytes(path) if place is None else read_checkpoint(place).data_bytes
     except DeepLockError:  # said when the work begins
         total = None
     with tqdm(
@@ -239,16 +324,105 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _spare_key_file(key_file: str, output: str) -> None:
+@contextmanager
+def _at(path: str, arguments: argparse.Namespace) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """Give the place of a file or checkpoint, whether it is a checkpoint, and the arguments that those have more."""
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at
+    from deeplock_kernels.errors import ResumeWarning
+
+    place = checkpoint_at(path)
+    if place is None:
+        if arguments.workers is not None:
+            raise ParameterError(f"--workers: {path} is no directory; accepted for a directory of shards")
+        yield path, False, {}
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResumeWarning)
+        try:
+            if arguments.workers is None:
+                yield place, True, {}
+            else:
+                with _processes(arguments.workers) as executor:
+                    yield place, True, {"executor": executor}
+        finally:
+            for warning in caught:
+                _say("warning", warning.message)
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[object]:
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    try:
+        yield executor
+    except BrokenExecutor:
+        raise DeepLockError(
+            "--workers: a process ended while it worked; run it again: shards that are finished are kept"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+_KEY_FILES = {"key": "key file", "passphrase_file": "passphrase's file", "wrapped_key": "wrapped key"}
+
+
+def _spare_key_files(arguments: argparse.Namespace) -> None:
     """Refuse an output that would take the place of a key, without which nothing can be unlocked again."""
     from deeplock_kernels.files import check_distinct
 
-    try:
-        check_distinct(key_file, output)
-    except SameFileError:
-        raise SameFileError(
-            f"{output}: it is the key file; another file is accepted; write to a new path"
-        ) from None
+    if os.path.isdir(arguments.output):  # of a checkpoint, which writes over nothing but what it has left there
+        return
+    for new in ("", "new_"):
+        for option, kind in _KEY_FILES.items():
+            key_file = getattr(arguments, new + option, None)
+            try:
+                if key_file is not None:
+                    check_distinct(key_file, arguments.output)
+            except SameFileError:
+                raise SameFileError(
+                    f"{arguments.output}: it is the {kind}; another file is accepted; write to a new path"
+                ) from None
+
+
+@contextmanager
+def _key(arguments: argparse.Namespace, new: str = "", *, twice: bool = False) -> Iterator[MasterKey | Passphrase]:
+    """Give the key that the command line names, and wipe it at the end.
+
+    With `new` as "new_" that of the options `--new-...`; with `twice` a passphrase that is typed is asked for again.
+    """
+    wrapped = getattr(arguments, f"{new}wrapped_key", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExposedKeyWarning)
+        source = _key_source(arguments, new, twice=twice and wrapped is None)
+    for warning in caught:
+        _say("warning", warning.message)
+    with source:
+        if wrapped is None:
+            yield source
+            return
+        from deeplock_kernels.key_wrapping import unwrap_key
+
+        data_key = unwrap_key(wrapped, source)
+    with data_key:
+        yield data_key
+
+
+def _key_source(arguments: argparse.Namespace, new: str, *, twice: bool) -> MasterKey | Passphrase:
+    from deeplock_kernels import key_sources
+    from deeplock_kernels.keys import MasterKey
+
+    given = {name.removeprefix(new): value for name, value in vars(arguments).items() if name.startswith(new)}
+    if given["key"] is not None:
+        return MasterKey.from_file(given["key"])
+    if given["key_env"] is not None:
+        return key_sources.key_from_environment(given["key_env"])
+    if given["key_command"] is not None:
+        return key_sources.key_from_command(given["key_command"])
+    if given["passphrase_file"] is not None:
+        return key_sources.passphrase_from_file(given["passphrase_file"])
+    return key_sources.passphrase_from_terminal(what=f"{new.replace('_', ' ')}passphrase", twice=twice)
 
 
 def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
@@ -262,73 +436,136 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import lock_file_in_place
+    from deeplock_kernels.checkpoints.sharded import lock_checkpoint
     from deeplock_kernels.checkpoints.streaming import lock_file
-    from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
-        _spare_key_file(arguments.key, arguments.output)
-        header = lock_file(
-            arguments.input,
-            arguments.output,
-            key,
-            schedule=arguments.schedule,
-            sbox=arguments.sbox,
-            only=arguments.only,
-            seal=arguments.seal,
-            threads=arguments.threads,
-            progress=progress,
-        )
+    names = ("schedule", "sbox", "only", "seal", "threads")
+    choices = {name: getattr(arguments, name) for name in names}
+    with (
+        _key(arguments, twice=True) as key,
+        _progress(arguments.input, "locking") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
+    ):
+        if arguments.exclude and not whole:
+            raise ParameterError(f"--exclude: {place} is no directory; accepted for a directory of shards")
+        if arguments.exclude:
+            options["exclude"] = arguments.exclude
+        if arguments.in_place:
+            target = _one_file(place, whole)
+            header = lock_file_in_place(target, key, **choices, progress=progress)
+        else:
+            target = arguments.output
+            _spare_key_files(arguments)
+            header = (lock_checkpoint if whole else lock_file)(
+                place, target, key, **choices, progress=progress, **options
+            )
     nbytes = sum(record.nbytes for record in header.tensors.values())
     sealed = "locked and sealed" if arguments.seal else "locked, not sealed"
-    yield f"{arguments.output}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
+    yield f"{target}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
 
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import unlock_file_in_place
+    from deeplock_kernels.checkpoints.sharded import unlock_checkpoint
     from deeplock_kernels.checkpoints.streaming import unlock_file
-    from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
-        _spare_key_file(arguments.key, arguments.output)
-        unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
-    yield f"{arguments.output}: unlocked"
+    with (
+        _key(arguments) as key,
+        _progress(arguments.input, "unlocking") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
+    ):
+        if arguments.in_place:
+            target = _one_file(place, whole)
+            unlock_file_in_place(target, key, threads=arguments.threads, progress=progress)
+        else:
+            target = arguments.output
+            _spare_key_files(arguments)
+            unlock = unlock_checkpoint if whole else unlock_file
+            unlock(place, target, key, threads=arguments.threads, progress=progress, **options)
+    yield f"{target}: unlocked"
+
+
+def _one_file(place: str, whole: bool) -> str:
+    if whole:
+        raise ParameterError(f"--in-place: got the directory {place}; accepted is one file; lock each shard by itself")
+    return place
+
+
+def _recover(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import recover_file
+
+    with _key(arguments) as key, _progress(arguments.file, "recovering") as progress:
+        header = recover_file(arguments.file, key, undo=arguments.undo, threads=arguments.threads, progress=progress)
+    yield f"{arguments.file}: whole, {'not locked' if header is None else 'locked'}"
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import rekey_checkpoint
     from deeplock_kernels.checkpoints.streaming import rekey_file
-    from deeplock_kernels.keys import MasterKey
 
     with (
-        MasterKey.from_file(arguments.key) as key,
-        MasterKey.from_file(arguments.new_key) as new_key,
+        _key(arguments) as key,
+        _key(arguments, "new_", twice=True) as new_key,
         _progress(arguments.input, "rekeying") as progress,
+        _at(arguments.input, arguments) as (place, whole, options),
     ):
-        for key_file in (arguments.key, arguments.new_key):
-            _spare_key_file(key_file, arguments.output)
-        header = rekey_file(
-            arguments.input, arguments.output, key, new_key, threads=arguments.threads, progress=progress
+        _spare_key_files(arguments)
+        header = (rekey_checkpoint if whole else rekey_file)(
+            place, arguments.output, key, new_key, threads=arguments.threads, progress=progress, **options
         )
     yield f"{arguments.output}: {len(header.tensors)} tensors locked under the new key and sealed"
 
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.sharded import verify_checkpoint
     from deeplock_kernels.checkpoints.streaming import verify_file
-    from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.file, "verifying") as progress:
-        header = verify_file(arguments.file, key, threads=arguments.threads, progress=progress)
+    with (
+        _key(arguments) as key,
+        _progress(arguments.file, "verifying") as progress,
+        _at(arguments.file, arguments) as (place, whole, options),
+    ):
+        verify = verify_checkpoint if whole else verify_file
+        header = verify(place, key, threads=arguments.threads, progress=progress, **options)
     nbytes = sum(record.nbytes for record in header.tensors.values())
     yield f"{arguments.file}: as it was locked, {len(header.tensors)} tensors, {nbytes:,} bytes"
 
 
+def _wrap_key(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.key_wrapping import wrap_key
+
+    with _key(arguments, twice=True) as master:
+        wrap_key(arguments.output, master, bits=arguments.bits)
+    yield f"{arguments.output}: a new data key of {arguments.bits} bits, wrapped; without its master key nobody has it"
+
+
+def _rewrap_key(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.key_wrapping import rewrap_key
+
+    with _key(arguments) as old_master, _key(arguments, "new_", twice=True) as new_master:
+        rewrap_key(arguments.input, arguments.output, old_master, new_master)
+    yield f"{arguments.output}: the same data key, wrapped by the new master key"
+
+
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.streaming import read_layout
+    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
+    from deeplock_kernels.checkpoints.streaming import opened
     from deeplock_kernels.header import LockHeader
 
-    layout = read_layout(arguments.file)
-    header = None if layout.header is None else LockHeader.from_json(layout.header)
-    nbytes = sum(tensor.nbytes for tensor in layout.tensors.values())
+    place = checkpoint_at(arguments.file)
+    if place is None:
+        with opened(arguments.file, "path") as model:
+            kind, layout = model.format.name, model.layout
+        tensors, shards = layout.tensors, ""
+        header = None if layout.header is None else LockHeader.from_json(layout.header)
+    else:
+        checkpoint = read_checkpoint(place)
+        kind, tensors, shards = "safetensors", checkpoint.tensors, f" in {len(checkpoint.shards)} shards"
+        header = checkpoint.header() if checkpoint.is_locked else None
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
     yield (
-        f"{arguments.file}: {len(layout.tensors)} tensors, {nbytes:,} bytes, "
+        f"{arguments.file}: {kind}, {len(tensors)} tensors{shards}, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:
@@ -336,10 +573,13 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
         yield (
             f"format {header.format}, schedule {header.schedule}, S-Box {sbox}, key of {header.key_bits} bits"
         )
+        if header.passphrase is not None:
+            n, r, p, _salt = header.passphrase
+            yield f"the key is made from a passphrase, by scrypt with n {n}, r {r}, p {p}"
         if header.schedule == "expansion":
             yield "warning: one known block of weights gives away the key of this schedule"
-    width = max((len(ascii(name)) for name in layout.tensors), default=0)
-    for name, tensor in layout.tensors.items():
+    width = max((len(ascii(name)) for name in tensors), default=0)
+    for name, tensor in tensors.items():
         record = header.tensors.get(name) if header is not None else None
         state = "plain" if record is None else "locked, sealed" if record.seal else "locked"
         yield (

@@ -12,12 +12,16 @@ __all__ = [
     "AlreadyLockedError",
     "BufferLayoutError",
     "BufferTypeError",
+    "ClosedFileError",
     "ContainerError",
     "DeepLockError",
+    "ExposedKeyWarning",
     "FileAccessError",
     "HeaderError",
+    "InterruptedLockError",
     "KernelError",
     "KeyFormatError",
+    "KeySourceError",
     "KeyTypeError",
     "KeyWipedError",
     "LayerError",
@@ -27,12 +31,14 @@ __all__ = [
     "OverlapError",
     "ParameterError",
     "ReadOnlyError",
+    "ResumeWarning",
     "SBoxError",
     "SameFileError",
     "SelfTestError",
     "SizeMismatchError",
     "TamperedError",
     "TamperedHeaderError",
+    "TensorIndexError",
     "TensorNameError",
     "UnknownNameError",
     "UnsupportedTierError",
@@ -52,12 +58,20 @@ class KeyFormatError(DeepLockError, ValueError):
     """A key, iv or salt has the wrong length or spelling: see the accepted lengths in the message."""
 
 
+class KeySourceError(DeepLockError, RuntimeError):
+    """A key or passphrase could not be had from where it is kept: a variable, a command, a file, a terminal."""
+
+
+class ExposedKeyWarning(UserWarning):
+    """The file of a key or passphrase can be read by others than its owner: take the permission away."""
+
+
 class KeyWipedError(DeepLockError, ValueError):
     """A MasterKey or schedule was used after wipe(): build it again from its source."""
 
 
 class WrongKeyError(DeepLockError, ValueError):
-    """The key is not the one that locked these tensors; nothing was changed."""
+    """The key is not the one that locked these tensors, or that wrapped this key; nothing was changed."""
 
 
 class TamperedError(DeepLockError, ValueError):
@@ -108,12 +122,20 @@ class TensorNameError(DeepLockError, KeyError, ValueError):
     __str__ = Exception.__str__
 
 
+class TensorIndexError(DeepLockError, IndexError, ValueError):
+    """What was asked for of a tensor is outside its shape, or no integer, slice, Ellipsis or None."""
+
+
+class ClosedFileError(DeepLockError, ValueError):
+    """A file of open_locked was used after its end: open it again."""
+
+
 class HeaderError(DeepLockError, ValueError):
     """A lock header is malformed or does not fit the tensors it is used with."""
 
 
 class ContainerError(DeepLockError, ValueError):
-    """A file is not a well-formed safetensors file: it is truncated, inconsistent or hostile."""
+    """A file is not a well-formed file of its format, or is one that cannot be locked: the message says why."""
 
 
 class AlreadyLockedError(DeepLockError, ValueError):
@@ -122,6 +144,10 @@ class AlreadyLockedError(DeepLockError, ValueError):
 
 class NotLockedError(DeepLockError, ValueError):
     """The file carries no lock header: there is nothing to unlock."""
+
+
+class InterruptedLockError(DeepLockError, ValueError):
+    """A file is neither old nor new, since a change of it in place was interrupted: recover it first."""
 
 
 class NotSealedError(DeepLockError, ValueError):
@@ -134,6 +160,10 @@ class SameFileError(DeepLockError, ValueError):
 
 class FileAccessError(DeepLockError, OSError):
     """A file or directory could not be read, written or made; `errno` says why, nothing was left behind."""
+
+
+class ResumeWarning(UserWarning):
+    """An interrupted run over a checkpoint is not continued but begins anew, since its source or arguments changed."""
 
 
 class UnsupportedTierError(DeepLockError, RuntimeError):

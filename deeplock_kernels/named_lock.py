@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TypeVar
@@ -22,7 +22,9 @@ from deeplock_kernels.errors import (
 )
 from deeplock_kernels.header import SALT_BYTES, SEAL_BYTES, LockHeader, TensorRecord, sbox_field
 from deeplock_kernels.kernels.signatures import RECORDS, KernelName
-from deeplock_kernels.keys import Derivation, MasterKey
+from deeplock_kernels.keys import Derivation, MasterKey, PlainKey, TensorKeys
+from deeplock_kernels.passphrases import Key as Key
+from deeplock_kernels.passphrases import Passphrase, Scrypt
 from deeplock_kernels.pieces import KeyTable, Range, Tags, deal, list_calls, seal_key_table, tags_of
 from deeplock_kernels.runtime import pool
 from deeplock_kernels.runtime.pool import Call
@@ -32,7 +34,6 @@ from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, ExpansionSche
 from deeplock_kernels.schedules.base import RCON_ADDRESS
 from deeplock_kernels.transform import Transform, piece_bytes
 
-Key = bytes | bytearray | memoryview | MasterKey
 Seals = dict[str, int]  # of tensors, or of parts of them: parts are XORed
 _Result = TypeVar("_Result")
 
@@ -50,9 +51,11 @@ class NamedLock:
 
     header: LockHeader
 
-    def __init__(self, key: Key, derivation: Derivation, salt: bytes, schedule: str, sbox: SBox | None) -> None:
+    def __init__(self, key: PlainKey, derivation: Derivation, salt: bytes, schedule: str, sbox: SBox | None) -> None:
         self.schedule, self.sbox, self.key_bits = schedule, sbox, derivation.key_bits
         self._key, self._derivation, self._salt = key, derivation, salt
+        self._scrypt: Scrypt | None = None
+        self._own_key: MasterKey | None = None  # made from a passphrase, so nobody else will wipe it
         self.tier = active_tier()
         self._names: Iterable[str] = ()
         self._streams: dict[str, Schedule] = {}
@@ -70,7 +73,13 @@ class NamedLock:
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
             raise UnknownNameError(f"schedule: got {shown(schedule)}, accepted are {', '.join(SCHEDULES)}")
         salt = secrets.token_bytes(SALT_BYTES)
-        return cls(key, Derivation(key, salt), salt, schedule, sbox)
+        scrypt, own = None, None
+        if isinstance(key, Passphrase):
+            scrypt = key.new_scrypt()
+            key = own = key.derive(scrypt)
+        lock = cls(key, Derivation(key, salt), salt, schedule, sbox)
+        lock._scrypt, lock._own_key = scrypt, own
+        return lock
 
     @classmethod
     def from_header(
@@ -111,14 +120,54 @@ class NamedLock:
             raise HeaderError(
                 f"header: got {type(header).__name__}, accepted is a LockHeader; see LockHeader.from_json"
             )
+        own = None
+        if isinstance(key, Passphrase):
+            key = own = key.derive(header.passphrase)
         derivation = Derivation(key, header.salt)
         if check:
             _authenticate(derivation, header)
         box = _header_sbox(header, sbox) if needs_sbox else None
         lock = cls(key, derivation, header.salt, header.schedule, box)
+        lock._scrypt, lock._own_key = header.passphrase, own
         lock.header = header
         lock._names = header.tensors if names is None else [*map(lock.root, header.tensors.keys() & names)]
         return lock
+
+    @classmethod
+    def of_keys(cls, keys: TensorKeys, sbox: SBox | None, sizes: Mapping[str, int]) -> NamedLock:
+        """Take the keys of some tensors, whose sizes in bytes these are, of a lock with the counter schedule.
+
+        It changes and seals ranges as the whole lock does; its header is none that could be kept.
+        """
+        lock = cls(b"", keys, b"", CounterSchedule.name, sbox)
+        records = {name: TensorRecord(nbytes) for name, nbytes in sizes.items()}
+        field: str | dict[str, str] = {"sha256": ""} if sbox is None else sbox_field(sbox)
+        lock.header = LockHeader(lock.schedule, field, lock.key_bits, b"", b"", MappingProxyType(records))
+        lock._names = records
+        return lock
+
+    def keys_of(self, locked: Collection[str], sealed: Collection[str]) -> TensorKeys:
+        """Give the keys of some tensors, to lock or unlock them with, and to seal them with; see `of_keys`."""
+        return self._derivation.only(self.schedule, self._sbox_label, locked, sealed)
+
+    def part(self, names: Collection[str]) -> NamedLock:
+        """Give the lock of some of the tensors: of the same salt and keys, with a header of its own."""
+        lock = NamedLock(self._key, self._derivation, self._salt, self.schedule, self.sbox)
+        whole = self.header.tensors  # which may be many more
+        records = {name: whole[name] for name in names if name in whole}
+        lock.header = dataclasses.replace(self.header, tensors=MappingProxyType(records), mac=None, file=None)
+        lock._names = records
+        return lock
+
+    def authenticate(self, header: LockHeader) -> None:
+        """Refuse a header that is not of this lock's key and salt, or was altered.
+
+        Raises
+        ------
+        WrongKeyError, TamperedHeaderError
+            It is so.
+        """
+        _authenticate(self._derivation, header)
 
     def cover(self, sizes: Mapping[str, tuple[int, str | None]]) -> None:
         """Say what is to be locked: (number of bytes, name of the tensor whose storage it shares, or None) by name."""
@@ -136,6 +185,7 @@ class NamedLock:
             salt=self._salt,
             check=self._derivation.check(),
             tensors=MappingProxyType(records),
+            passphrase=self._scrypt,
         )
         self._names = records
 
@@ -348,10 +398,12 @@ class NamedLock:
         return self._tables[what]
 
     def _tensor_key_iv(self, root: str) -> bytes:
+        return self._derivation.tensor_key_iv(self.schedule, self._sbox_label, root)
+
+    @property
+    def _sbox_label(self) -> str:
         sbox = self.header.sbox
-        return self._derivation.tensor_key_iv(
-            self.schedule, sbox if isinstance(sbox, str) else sbox["sha256"], root
-        )
+        return sbox if isinstance(sbox, str) else sbox["sha256"]
 
     def root(self, name: str) -> str:
         """Give the name as which a tensor was locked."""
@@ -370,6 +422,8 @@ class NamedLock:
         for table in self._tables.values():
             table.wipe()
         self._tables.clear()
+        if self._own_key is not None:
+            self._own_key.wipe()
 
     def __repr__(self) -> str:
         if not hasattr(self, "_derivation"):  # as where somebody tries to copy it

@@ -347,3 +347,10 @@ def run_kernels_between_forbidden_pages(tier_name):
         copy(target_start, source_end - nbytes, nbytes)
         if nbytes % 64 == 0:
             copy(target_end - nbytes, source_start, nbytes)
+
+
+def framework(name):
+    """Import a framework, or skip the test; where DEEPLOCK_REQUIRE_FRAMEWORKS is set, its absence is an error."""
+    if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import safetensors.numpy
+from shards import make_checkpoint
 
 from deeplock_kernels.cli import main
 from deeplock_kernels.runtime.pool import set_num_threads
@@ -93,7 +94,7 @@ def run_python_block(block: Block, namespace: dict) -> None:
 def run_shell_line(line: str, folder: Path) -> None:
     words = shlex.split(line, comments=True)
     if words[:2] == ["deeplock", "lock"] and not (folder / words[2]).exists():
-        save_model(folder / words[2])
+        (make_checkpoint if words[2].endswith("/") else save_model)(folder / words[2])
     programs = folder / ".programs"
     programs.mkdir(exist_ok=True)
     script = programs / "deeplock"
