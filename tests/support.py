@@ -131,13 +131,6 @@ def forget_transforms():
     locking._latest.clear()
 
 
-def framework(name):
-    """Import a framework; its absence is an error where DEEPLOCK_REQUIRE_FRAMEWORKS is set, as in the gate."""
-    if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS"):
-        return importlib.import_module(name)
-    return pytest.importorskip(name)
-
-
 def kernel_id(value):
     return value.name if isinstance(value, tiers.Tier) else str(value)
 
