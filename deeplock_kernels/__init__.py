@@ -22,6 +22,7 @@ _HOMES = {
     "deeplock_kernels.header": ("LockHeader",),
     "deeplock_kernels.keys": ("MasterKey",),
     "deeplock_kernels.locking": ("lock", "substitute", "unlock"),
+    "deeplock_kernels.native": ("native_functions",),
     "deeplock_kernels.rekeying": ("rekey", "rekey_tensors"),
     "deeplock_kernels.runtime.pool": ("get_num_threads", "set_num_threads"),
     "deeplock_kernels.runtime.tiers": ("tiers", "use_tier", "warmup"),
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from deeplock_kernels.locking import lock as lock
     from deeplock_kernels.locking import substitute as substitute
     from deeplock_kernels.locking import unlock as unlock
+    from deeplock_kernels.native import native_functions as native_functions
     from deeplock_kernels.rekeying import rekey as rekey
     from deeplock_kernels.rekeying import rekey_tensors as rekey_tensors
     from deeplock_kernels.runtime.pool import get_num_threads as get_num_threads

@@ -1,0 +1,1 @@
+"""Modules for other frameworks, each of which imports its framework itself."""
