@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import json
 import mmap
+import os
 import random
 
 import ml_dtypes
@@ -155,6 +157,11 @@ def refuse(kind, builtin, start, operation, *arguments, **keywords):
     assert isinstance(caught.value, builtin)
     assert str(caught.value).startswith(start), str(caught.value)
     return caught.value
+
+
+def framework(name):
+    """Import a framework. Where it is not there its tests are skipped, or with DEEPLOCK_REQUIRE_FRAMEWORKS fail."""
+    return importlib.import_module(name) if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS") else pytest.importorskip(name)
 
 
 class RawKernel:

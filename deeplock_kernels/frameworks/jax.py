@@ -77,7 +77,8 @@ def lock(
     schedule
         A schedule, or `(key, iv)`: 16, 24 or 32 bytes and 16 bytes, each as bytes or as an array of uint8. Inside a
         transformation (`jax.jit`, `jax.vmap`, ...) it is `(key, iv)`, and the key an argument of the transformed
-        function: a constant would be written into the compiled program.
+        function: a constant would be written into the compiled program, and is refused (but one that is made inside
+        that function by JAX itself, as by `jnp.asarray`, looks like an argument).
     sbox
         The S-Box, or the name of one.
     offset
@@ -478,16 +479,14 @@ def _dtype(array: Any, argument: str) -> np.dtype[Any]:
     """Give the dtype of an array or tracer of whole bytes that JAX does not convert."""
     if not isinstance(array, (np.ndarray, jax.Array)):
         raise BufferTypeError(f"{argument}: got {type(array).__name__}, accepted are JAX arrays and NumPy arrays")
-    if jax.numpy.issubdtype(array.dtype, jax.dtypes.extended) or re.fullmatch(r"[a-z]+[1-7](_\w+)?", array.dtype.name):
+    numbers = jax.numpy.issubdtype(array.dtype, jax.numpy.number) or array.dtype == bool
+    if not numbers or re.fullmatch(r"[a-z]+[1-7](_\w+)?", array.dtype.name):
         raise BufferTypeError(
-            f"{argument}: got dtype {array.dtype.name}, accepted are dtypes of whole bytes; for random keys lock "
+            f"{argument}: got dtype {array.dtype.name}, accepted are numbers of whole bytes; for random keys lock "
             "jax.random.key_data(array), for packed numbers an array of uint8"
         )
     dtype = np.dtype(array.dtype)
-    try:
-        kept = dtype.isnative and jax.dtypes.canonicalize_dtype(dtype) == dtype
-    except TypeError:
-        kept = False
+    kept = dtype.isnative and jax.dtypes.canonicalize_dtype(dtype) == dtype
     if not kept:
         raise BufferTypeError(
             f"{argument}: got dtype {dtype}, which JAX would convert; accepted are dtypes that it keeps: "
@@ -513,7 +512,7 @@ def _host_array(array: Any, argument: str) -> np.ndarray[Any, Any]:
     return np.asarray(array)
 
 
-def _aligned_like(source: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _aligned_like(source: np.ndarray[Any, Any]) -> Any:
     memory = np.empty(source.nbytes + _ALIGNMENT, np.uint8)
     return np.ndarray(source.shape, source.dtype, memory.data, offset=-memory.ctypes.data % _ALIGNMENT)
 
