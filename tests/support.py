@@ -9,6 +9,8 @@ import json
 import mmap
 import os
 import random
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from deeplock_kernels import errors, locking, reference
+from deeplock_kernels import errors, frameworks, locking, reference
 from deeplock_kernels.kernels.signatures import (
     INVERSE_FORMS,
     RCON_START,
@@ -131,6 +133,22 @@ def forget_transforms():
     locking._latest.clear()
 
 
+def framework(name):
+    """Import a framework; its absence is an error where DEEPLOCK_REQUIRE_FRAMEWORKS is set, as in the gate."""
+    if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
+def examples_of_frameworks(section, language="python"):
+    """Give the examples of a section of the documentation for other frameworks."""
+    text = (Path(frameworks.__file__).parent / "README.md").read_text()
+    text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    examples = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert examples
+    return examples
+
+
 def kernel_id(value):
     return value.name if isinstance(value, tiers.Tier) else str(value)
 
@@ -157,11 +175,6 @@ def refuse(kind, builtin, start, operation, *arguments, **keywords):
     assert isinstance(caught.value, builtin)
     assert str(caught.value).startswith(start), str(caught.value)
     return caught.value
-
-
-def framework(name):
-    """Import a framework. Where it is not there its tests are skipped, or with DEEPLOCK_REQUIRE_FRAMEWORKS fail."""
-    return importlib.import_module(name) if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS") else pytest.importorskip(name)
 
 
 class RawKernel:

@@ -490,3 +490,9 @@ def test_programs_of_other_processes_and_arrays_of_several_devices(tmp_path):
         assert re.match(r"True\narray: got an array on .*0, .*1, accepted is one CPU device", found)
         written.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
     assert written[0] == written[1] != set()  # so the second process took the program of the first
+
+
+def test_the_examples_of_the_documentation():
+    namespace = {"__name__": "__main__"}
+    for example in support.examples_of_frameworks("JAX"):
+        exec(compile(example, "README.md", "exec"), namespace)

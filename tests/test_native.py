@@ -294,6 +294,18 @@ def test_cffi_reads_the_header_and_calls():
     assert ffi.buffer(data)[:1000] == oracle("lock", 256, PLAIN)
 
 
+def test_the_examples_for_c(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = support.examples_of_frameworks("C", "c")
+    compiled(tmp_path, example, "loader")
+    namespace = {"__name__": "__main__"}
+    for example in support.examples_of_frameworks("C"):
+        exec(compile(example, "README.md", "exec"), namespace)
+    assert "void lock_256(const deeplock_counter *arguments)" in capsys.readouterr().out
+    stream = reference.counter_keystream(bytes(32), bytes(16), 1000)
+    assert namespace["weights"].raw == reference.unlock(bytes(1000), stream)
+
+
 # Names and lifetimes
 
 
@@ -476,3 +488,8 @@ print([issubclass(one.category, numba.NumbaWarning) and "dynamic globals" in str
         assert run(program, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache") == "[True]\n"
     written = {path.name.split("-")[0] for path in (tmp_path / "cache").rglob("*.nb*")}
     assert written == {"worker.other"}
+
+
+def test_the_examples_for_numba():
+    for example in support.examples_of_frameworks("Numba"):
+        exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})

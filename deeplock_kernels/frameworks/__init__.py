@@ -1,1 +1,1 @@
-"""Modules for other frameworks, each of which imports its framework itself."""
+"""The package as the backend of other frameworks; each module imports its own framework, and no other."""

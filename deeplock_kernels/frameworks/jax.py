@@ -370,7 +370,7 @@ def _transformable(direction: str, function: Callable[..., Any]) -> Callable[...
     """Say what `jax.vmap` and `jax.grad` mean for a lock."""
     batching = jax.custom_batching.custom_vmap(function)
 
-    @batching.def_vmap  # type: ignore[untyped-decorator]
+    @batching.def_vmap
     def batch(size: int, batched: list[bool], *operands: Any) -> tuple[Any, bool]:
         if not any(batched[1:]):
             raise ParameterError(
@@ -385,7 +385,7 @@ def _transformable(direction: str, function: Callable[..., Any]) -> Callable[...
 
     differentiable = jax.custom_jvp(batching)
 
-    @differentiable.defjvp  # type: ignore[untyped-decorator]
+    @differentiable.defjvp
     def differentiate(primals: Any, tangents: Any) -> Any:
         raise BufferTypeError(
             f"array: got one that is differentiated, and {direction} has no derivative; accepted is one that jax.grad "
