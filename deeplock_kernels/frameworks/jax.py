@@ -402,14 +402,14 @@ def _call_kernel(
 
     def call(array: Any, key: Any, iv: Any) -> Any:
         transform = Transform.of(box, direction, active_tier())
-        count = threads if nbytes > transform.small else 1
         number = _number(transform, box, direction, 8 * key.shape[0])
+        plan = number, nbytes, offset, transform.piece(nbytes, threads), threads
         target = jax.ffi.ffi_call(
             TARGET,
             jax.ShapeDtypeStruct(array.shape, array.dtype),
             input_output_aliases={0: 0} if in_place else None,
         )
-        return target(array, key, iv, plan=np.array([number, nbytes, offset, count], np.int64))
+        return target(array, key, iv, plan=np.array(plan, np.int64))
 
     return call
 
