@@ -20,9 +20,12 @@ _HOMES = {
     ),
     "deeplock_kernels.errors": ("DeepLockError", "TamperedError", "TamperedHeaderError", "WrongKeyError"),
     "deeplock_kernels.header": ("LockHeader",),
+    "deeplock_kernels.key_sources": ("key_from_command", "key_from_environment"),
+    "deeplock_kernels.key_wrapping": ("rewrap_key", "unwrap_key", "wrap_key"),
     "deeplock_kernels.keys": ("MasterKey",),
     "deeplock_kernels.locking": ("lock", "substitute", "unlock"),
     "deeplock_kernels.native": ("native_functions",),
+    "deeplock_kernels.passphrases": ("Passphrase",),
     "deeplock_kernels.rekeying": ("rekey", "rekey_tensors"),
     "deeplock_kernels.runtime.pool": ("get_num_threads", "set_num_threads"),
     "deeplock_kernels.runtime.tiers": ("tiers", "use_tier", "warmup"),
@@ -45,11 +48,17 @@ if TYPE_CHECKING:
     from deeplock_kernels.errors import TamperedHeaderError as TamperedHeaderError
     from deeplock_kernels.errors import WrongKeyError as WrongKeyError
     from deeplock_kernels.header import LockHeader as LockHeader
+    from deeplock_kernels.key_sources import key_from_command as key_from_command
+    from deeplock_kernels.key_sources import key_from_environment as key_from_environment
+    from deeplock_kernels.key_wrapping import rewrap_key as rewrap_key
+    from deeplock_kernels.key_wrapping import unwrap_key as unwrap_key
+    from deeplock_kernels.key_wrapping import wrap_key as wrap_key
     from deeplock_kernels.keys import MasterKey as MasterKey
     from deeplock_kernels.locking import lock as lock
     from deeplock_kernels.locking import substitute as substitute
     from deeplock_kernels.locking import unlock as unlock
     from deeplock_kernels.native import native_functions as native_functions
+    from deeplock_kernels.passphrases import Passphrase as Passphrase
     from deeplock_kernels.rekeying import rekey as rekey
     from deeplock_kernels.rekeying import rekey_tensors as rekey_tensors
     from deeplock_kernels.runtime.pool import get_num_threads as get_num_threads

@@ -12,17 +12,24 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from deeplock_kernels import __version__
 from deeplock_kernels.errors import (
     DeepLockError,
+    ExposedKeyWarning,
     FileAccessError,
     SameFileError,
     TamperedError,
     WrongKeyError,
 )
+
+if TYPE_CHECKING:
+    from deeplock_kernels.keys import MasterKey
+    from deeplock_kernels.passphrases import Passphrase
 
 DONE, FAILED, USAGE, WRONG_KEY, TAMPERED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _LARGEST_SIZE = 1 << 46  # bytes, beyond what any machine has
@@ -79,9 +86,13 @@ def _print(line: str) -> None:
 
 
 def _complain(error: object, code: int) -> int:
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-    print(f"deeplock: error: {line}", file=sys.stderr)
+    _say("error", error)
     return code
+
+
+def _say(kind: str, message: object) -> None:
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+    print(f"deeplock: {kind}: {line}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,11 +141,25 @@ def _parser() -> argparse.ArgumentParser:
 
     rekeyer = command("rekey", _rekey, "lock a locked file anew under another key, without unlocking it")
     _add_files(rekeyer)
-    rekeyer.add_argument("--new-key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
+    _add_key(rekeyer, "new-")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
     verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
     _add_key(verifier)
+    _add_threads(verifier)
+
+    wrapper = command("wrap-key", _wrap_key, "make a data key for one model, encrypted under a master key")
+    wrapper.add_argument("output", metavar="WRAPPED", help="the file to write; never overwritten")
+    wrapper.add_argument(
+        "--bits", type=int, choices=(128, 192, 256), default=256, help="the data key's length (default 256)"
+    )
+    _add_key_source(wrapper)
+
+    rewrapper = command("rewrap-key", _rewrap_key, "encrypt a data key anew under another master key")
+    rewrapper.add_argument("input", metavar="WRAPPED", help="a file made by `deeplock wrap-key`")
+    rewrapper.add_argument("output", metavar="OUT", help="the file to write; never overwritten")
+    _add_key_source(rewrapper)
+    _add_key_source(rewrapper, "new-")
 
     inspect = command("inspect", _inspect, "show what a file holds and what of it is locked; needs no key")
     inspect.add_argument("file", metavar="FILE")
@@ -167,10 +192,30 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="the safetensors file to read")
     parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
     _add_key(parser)
+    _add_threads(parser)
 
 
-def _add_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--key", metavar="KEYFILE", required=True, help="a file made by `deeplock keygen`")
+def _add_key(parser: argparse.ArgumentParser, new: str = "") -> None:
+    _add_key_source(parser, new)
+    parser.add_argument(
+        f"--{new}wrapped-key",
+        metavar="FILE",
+        help="a file made by `deeplock wrap-key`; the key above unwraps the one in it, which is used",
+    )
+
+
+def _add_key_source(parser: argparse.ArgumentParser, new: str = "") -> None:
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument(f"--{new}key", metavar="KEYFILE", help="a file made by `deeplock keygen`")
+    sources.add_argument(f"--{new}key-env", metavar="NAME", help="an environment variable that holds the key")
+    sources.add_argument(f"--{new}key-command", metavar="CMD", help="a command that prints the key; no shell runs it")
+    sources.add_argument(f"--{new}passphrase", action="store_true", help="a passphrase, asked for on the terminal")
+    sources.add_argument(
+        f"--{new}passphrase-file", metavar="FILE", help="a file with a passphrase on its only line, or /dev/stdin"
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, default=None, help="how many threads (default all)")
 
 
@@ -239,16 +284,62 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _spare_key_file(key_file: str, output: str) -> None:
+_KEY_FILES = {"key": "key file", "passphrase_file": "passphrase's file", "wrapped_key": "wrapped key"}
+
+
+def _spare_key_files(arguments: argparse.Namespace) -> None:
     """Refuse an output that would take the place of a key, without which nothing can be unlocked again."""
     from deeplock_kernels.files import check_distinct
 
-    try:
-        check_distinct(key_file, output)
-    except SameFileError:
-        raise SameFileError(
-            f"{output}: it is the key file; another file is accepted; write to a new path"
-        ) from None
+    for new in ("", "new_"):
+        for option, kind in _KEY_FILES.items():
+            key_file = getattr(arguments, new + option, None)
+            try:
+                if key_file is not None:
+                    check_distinct(key_file, arguments.output)
+            except SameFileError:
+                raise SameFileError(
+                    f"{arguments.output}: it is the {kind}; another file is accepted; write to a new path"
+                ) from None
+
+
+@contextmanager
+def _key(arguments: argparse.Namespace, new: str = "", *, twice: bool = False) -> Iterator[MasterKey | Passphrase]:
+    """Give the key that the command line names, and wipe it at the end.
+
+    With `new` as "new_" that of the options `--new-...`; with `twice` a passphrase that is typed is asked for again.
+    """
+    wrapped = getattr(arguments, f"{new}wrapped_key", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExposedKeyWarning)
+        source = _key_source(arguments, new, twice=twice and wrapped is None)
+    for warning in caught:
+        _say("warning", warning.message)
+    with source:
+        if wrapped is None:
+            yield source
+            return
+        from deeplock_kernels.key_wrapping import unwrap_key
+
+        data_key = unwrap_key(wrapped, source)
+    with data_key:
+        yield data_key
+
+
+def _key_source(arguments: argparse.Namespace, new: str, *, twice: bool) -> MasterKey | Passphrase:
+    from deeplock_kernels import key_sources
+    from deeplock_kernels.keys import MasterKey
+
+    given = {name.removeprefix(new): value for name, value in vars(arguments).items() if name.startswith(new)}
+    if given["key"] is not None:
+        return MasterKey.from_file(given["key"])
+    if given["key_env"] is not None:
+        return key_sources.key_from_environment(given["key_env"])
+    if given["key_command"] is not None:
+        return key_sources.key_from_command(given["key_command"])
+    if given["passphrase_file"] is not None:
+        return key_sources.passphrase_from_file(given["passphrase_file"])
+    return key_sources.passphrase_from_terminal(what=f"{new.replace('_', ' ')}passphrase", twice=twice)
 
 
 def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
@@ -263,10 +354,9 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.streaming import lock_file
-    from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "locking") as progress:
-        _spare_key_file(arguments.key, arguments.output)
+    with _key(arguments, twice=True) as key, _progress(arguments.input, "locking") as progress:
+        _spare_key_files(arguments)
         header = lock_file(
             arguments.input,
             arguments.output,
@@ -285,25 +375,22 @@ def _lock(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.streaming import unlock_file
-    from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.input, "unlocking") as progress:
-        _spare_key_file(arguments.key, arguments.output)
+    with _key(arguments) as key, _progress(arguments.input, "unlocking") as progress:
+        _spare_key_files(arguments)
         unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
     yield f"{arguments.output}: unlocked"
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.streaming import rekey_file
-    from deeplock_kernels.keys import MasterKey
 
     with (
-        MasterKey.from_file(arguments.key) as key,
-        MasterKey.from_file(arguments.new_key) as new_key,
+        _key(arguments) as key,
+        _key(arguments, "new_", twice=True) as new_key,
         _progress(arguments.input, "rekeying") as progress,
     ):
-        for key_file in (arguments.key, arguments.new_key):
-            _spare_key_file(key_file, arguments.output)
+        _spare_key_files(arguments)
         header = rekey_file(
             arguments.input, arguments.output, key, new_key, threads=arguments.threads, progress=progress
         )
@@ -312,12 +399,27 @@ def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _verify(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.streaming import verify_file
-    from deeplock_kernels.keys import MasterKey
 
-    with MasterKey.from_file(arguments.key) as key, _progress(arguments.file, "verifying") as progress:
+    with _key(arguments) as key, _progress(arguments.file, "verifying") as progress:
         header = verify_file(arguments.file, key, threads=arguments.threads, progress=progress)
     nbytes = sum(record.nbytes for record in header.tensors.values())
     yield f"{arguments.file}: as it was locked, {len(header.tensors)} tensors, {nbytes:,} bytes"
+
+
+def _wrap_key(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.key_wrapping import wrap_key
+
+    with _key(arguments, twice=True) as master:
+        wrap_key(arguments.output, master, bits=arguments.bits)
+    yield f"{arguments.output}: a new data key of {arguments.bits} bits, wrapped; without its master key nobody has it"
+
+
+def _rewrap_key(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.key_wrapping import rewrap_key
+
+    with _key(arguments) as old_master, _key(arguments, "new_", twice=True) as new_master:
+        rewrap_key(arguments.input, arguments.output, old_master, new_master)
+    yield f"{arguments.output}: the same data key, wrapped by the new master key"
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
@@ -336,6 +438,9 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
         yield (
             f"format {header.format}, schedule {header.schedule}, S-Box {sbox}, key of {header.key_bits} bits"
         )
+        if header.passphrase is not None:
+            n, r, p, _salt = header.passphrase
+            yield f"the key is made from a passphrase, by scrypt with n {n}, r {r}, p {p}"
         if header.schedule == "expansion":
             yield "warning: one known block of weights gives away the key of this schedule"
     width = max((len(ascii(name)) for name in layout.tensors), default=0)

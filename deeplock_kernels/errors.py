@@ -14,12 +14,15 @@ __all__ = [
     "BufferTypeError",
     "ContainerError",
     "DeepLockError",
+    "ExposedKeyWarning",
     "FileAccessError",
     "HeaderError",
     "KernelError",
     "KeyFormatError",
+    "KeySourceError",
     "KeyTypeError",
     "KeyWipedError",
+    "MissingLibraryError",
     "NotLockedError",
     "NotSealedError",
     "OverlapError",
@@ -50,12 +53,20 @@ class KeyFormatError(DeepLockError, ValueError):
     """A key, iv or salt has the wrong length or spelling: see the accepted lengths in the message."""
 
 
+class KeySourceError(DeepLockError, RuntimeError):
+    """A key or passphrase could not be had from where it is kept: a variable, a command, a file, a terminal."""
+
+
+class ExposedKeyWarning(UserWarning):
+    """The file of a key or passphrase can be read by others than its owner: take the permission away."""
+
+
 class KeyWipedError(DeepLockError, ValueError):
     """A MasterKey or schedule was used after wipe(): build it again from its source."""
 
 
 class WrongKeyError(DeepLockError, ValueError):
-    """The key is not the one that locked these tensors; nothing was changed."""
+    """The key is not the one that locked these tensors, or that wrapped this key; nothing was changed."""
 
 
 class TamperedError(DeepLockError, ValueError):
@@ -144,6 +155,10 @@ class SelfTestError(DeepLockError, RuntimeError):
 
 class KernelError(DeepLockError, RuntimeError):
     """A kernel could not be compiled or loaded."""
+
+
+class MissingLibraryError(DeepLockError, ImportError):
+    """An optional library is not installed: the message names the extra of this package that brings it."""
 
 
 def shown(value: object) -> str:

@@ -19,7 +19,15 @@ from typing import BinaryIO
 
 from deeplock_kernels.errors import FileAccessError, ParameterError, SameFileError
 
-__all__ = ["access_error", "atomic_output", "check_distinct", "check_regular", "file_errors", "path_text"]
+__all__ = [
+    "access_error",
+    "atomic_output",
+    "check_distinct",
+    "check_regular",
+    "file_errors",
+    "path_text",
+    "write_new",
+]
 
 _REASONS = {
     errno.ENOSPC: "there is no space left; free some, or choose a directory on another disk",
@@ -239,6 +247,36 @@ def atomic_output(path: str | os.PathLike[str], *, size_hint: int | None = None)
             with suppress(OSError):
                 os.close(descriptor)
     _flush_directory(directory)
+
+
+def write_new(path: str | os.PathLike[str], content: bytes, mode: int) -> None:
+    """Write a small file that is not there yet, and flush it to the device.
+
+    Parameters
+    ----------
+    path
+        The target; what exists there, a symbolic link too, is never overwritten.
+    content
+        All that the file is to hold.
+    mode
+        Its permissions, before the umask.
+
+    Raises
+    ------
+    FileAccessError
+        The file exists or cannot be written; nothing was left behind.
+    """
+    text = path_text(path)
+    with file_errors(text, "written"):
+        descriptor = os.open(text, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+        except BaseException:
+            os.unlink(text)
+            raise
 
 
 def _status(path: str, action: str) -> os.stat_result | None:

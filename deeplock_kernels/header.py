@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from deeplock_kernels.errors import HeaderError
 from deeplock_kernels.keys import KEY_BITS
+from deeplock_kernels.passphrases import PASSPHRASE_KEY_BITS, SCRYPT_COSTS, SCRYPT_SALT_BYTES, Scrypt
 from deeplock_kernels.sboxes import SBOXES, SBox
 
 FORMAT = "deeplock/1"
@@ -68,6 +69,8 @@ class LockHeader:
     file
         For the header of a file, what the mac covers of the file: its own table as canonical JSON, else None. It is
         no part of the JSON text; `read_header` puts it here.
+    passphrase
+        How the passphrase of the lock becomes its key, or None where it is one of a key.
     """
 
     schedule: str
@@ -79,6 +82,7 @@ class LockHeader:
     mac: bytes | None = None
     format: str = FORMAT
     file: str | None = dataclasses.field(default=None, repr=False)
+    passphrase: Scrypt | None = None
 
     def __post_init__(self) -> None:
         for name in ("sbox", "tensors"):
@@ -115,6 +119,9 @@ class LockHeader:
             "check": self.check.hex(),
             "tensors": tensors,
         }
+        if self.passphrase is not None:
+            cost = self.passphrase._asdict()
+            header["passphrase"] = {"scrypt": cost | {"salt": self.passphrase.salt.hex()}}
         if self.mac is not None:
             header["mac"] = self.mac.hex()
         return json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -162,7 +169,10 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             raise HeaderError(f"header: it is not JSON text ({type(error).__name__})") from None
         fields = self._fields(
-            value, "header", {"format", "schedule", "sbox", "key_bits", "salt", "check", "tensors"}, {"mac"}
+            value,
+            "header",
+            {"format", "schedule", "sbox", "key_bits", "salt", "check", "tensors"},
+            {"mac", "passphrase"},
         )
         self._one_of(fields["format"], "format", (FORMAT,))
         self._one_of(fields["schedule"], "schedule", SCHEDULE_NAMES)
@@ -170,6 +180,8 @@ class _Reader:
             raise self._refusal("key_bits", fields["key_bits"], "128, 192 or 256")
         self._one_of(fields["key_bits"], "key_bits", KEY_BITS)
         tensors = self._tensors(fields["tensors"], fields["schedule"])
+        if "passphrase" in fields and fields["key_bits"] != PASSPHRASE_KEY_BITS:
+            raise self._refusal("key_bits", fields["key_bits"], f"{PASSPHRASE_KEY_BITS} beside a passphrase")
         return LockHeader(
             schedule=fields["schedule"],
             sbox=self._sbox(fields["sbox"]),
@@ -178,6 +190,7 @@ class _Reader:
             check=self._hex(fields["check"], "check", CHECK_BYTES),
             tensors=tensors,
             mac=self._hex(fields["mac"], "mac", MAC_BYTES) if "mac" in fields else None,
+            passphrase=self._scrypt(fields["passphrase"]) if "passphrase" in fields else None,
         )
 
     def _tensors(self, value: Any, schedule: str) -> Mapping[str, TensorRecord]:
@@ -236,6 +249,17 @@ class _Reader:
         fields = self._fields(value, "sbox", {"sha256"}, set())
         self._hex(fields["sha256"], "sbox.sha256", 32)
         return fields
+
+    def _scrypt(self, value: Any) -> Scrypt:
+        where = "passphrase.scrypt"
+        inside = self._fields(value, "passphrase", {"scrypt"}, set())["scrypt"]
+        fields = self._fields(inside, where, {*Scrypt._fields}, set())
+        for name, accepted in SCRYPT_COSTS.items():
+            if type(fields[name]) is not int:
+                raise self._refusal(f"{where}.{name}", fields[name], ", ".join(map(str, accepted)))
+            self._one_of(fields[name], f"{where}.{name}", accepted)
+        salt = self._hex(fields["salt"], f"{where}.salt", SCRYPT_SALT_BYTES)
+        return Scrypt(fields["n"], fields["r"], fields["p"], salt)
 
     def _fields(self, value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -5,11 +5,20 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+import stat
+import warnings
 from types import TracebackType
 from typing import Any, NoReturn
 
-from deeplock_kernels.errors import KeyFormatError, KeyTypeError, KeyWipedError, ParameterError, shown
-from deeplock_kernels.files import file_errors, path_text
+from deeplock_kernels.errors import (
+    ExposedKeyWarning,
+    KeyFormatError,
+    KeyTypeError,
+    KeyWipedError,
+    ParameterError,
+    shown,
+)
+from deeplock_kernels.files import file_errors, path_text, write_new
 
 KEY_BITS = (128, 192, 256)
 _LENGTHS = tuple(bits // 8 for bits in KEY_BITS)
@@ -106,14 +115,21 @@ class MasterKey:
             The file cannot be read.
         KeyFormatError
             The file holds something else.
+
+        Warns
+        -----
+        ExposedKeyWarning
+            Others than its owner can read the file.
         """
         text = path_text(path)
         with file_errors(text, "read"), open(text, "rb") as file:
-            secret = _from_line(Hidden(file.read(66)))  # a traceback shows nothing else of the file's content
+            secret = key_in_line(Hidden(file.read(66)))  # a traceback shows nothing else of the file's content
+            status = os.fstat(file.fileno())
         if secret is None:
             raise KeyFormatError(
                 f"{text}: not a key file; accepted is one line of 32, 48 or 64 lowercase hexadecimal digits"
             )
+        warn_of_readers(text, status)
         return cls.from_bytes(secret)
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
@@ -126,18 +142,7 @@ class MasterKey:
         KeyWipedError
             After `wipe()`.
         """
-        text = path_text(path)
-        key_bytes(self)
-        with file_errors(text, "written"):
-            descriptor = os.open(text, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(key_bytes(self).hex().encode() + b"\n")
-                    file.flush()
-                    os.fsync(descriptor)
-            except BaseException:
-                os.unlink(text)
-                raise
+        write_new(path, Hidden(key_bytes(self).hex().encode() + b"\n"), 0o600)
 
     @property
     def bits(self) -> int:
@@ -180,6 +185,9 @@ class MasterKey:
         raise KeyTypeError("MasterKey: it cannot be copied; pass the object itself")
 
 
+PlainKey = bytes | bytearray | memoryview | MasterKey
+
+
 def key_bytes(key: object, argument: str = "key") -> bytes:
     """Check a key argument and give its bytes.
 
@@ -203,8 +211,19 @@ def key_bytes(key: object, argument: str = "key") -> bytes:
     return data
 
 
-def _from_line(line: bytes) -> bytes | None:
-    """Give the key in the line of a key file, or None."""
+def warn_of_readers(path: str, status: os.stat_result) -> None:
+    """Warn the caller's caller of a file with a secret that others than its owner can read."""
+    if stat.S_ISREG(status.st_mode) and status.st_mode & 0o044:
+        warnings.warn(
+            f"{path}: others than its owner can read it (mode {stat.S_IMODE(status.st_mode):04o}); "
+            "take that permission away, as by chmod 600",
+            ExposedKeyWarning,
+            stacklevel=3,
+        )
+
+
+def key_in_line(line: bytes) -> bytes | None:
+    """Give the key in a line of text as key files hold it, or None if it is no such line."""
     digits = Hidden(line.removesuffix(b"\n"))
     valid = len(digits) in (32, 48, 64) and all(chr(digit) in _HEX_DIGITS for digit in digits)
     return Hidden(bytes.fromhex(digits.decode())) if valid else None

@@ -22,7 +22,9 @@ from deeplock_kernels.errors import (
 )
 from deeplock_kernels.header import SALT_BYTES, SEAL_BYTES, LockHeader, TensorRecord, sbox_field
 from deeplock_kernels.kernels.signatures import RECORDS, KernelName
-from deeplock_kernels.keys import Derivation, MasterKey
+from deeplock_kernels.keys import Derivation, MasterKey, PlainKey
+from deeplock_kernels.passphrases import Key as Key
+from deeplock_kernels.passphrases import Passphrase, Scrypt
 from deeplock_kernels.pieces import KeyTable, Range, Tags, deal, list_calls, seal_key_table, tags_of
 from deeplock_kernels.runtime import pool
 from deeplock_kernels.runtime.pool import Call
@@ -32,7 +34,6 @@ from deeplock_kernels.schedules import SCHEDULES, CounterSchedule, ExpansionSche
 from deeplock_kernels.schedules.base import RCON_ADDRESS
 from deeplock_kernels.transform import Transform, piece_bytes
 
-Key = bytes | bytearray | memoryview | MasterKey
 Seals = dict[str, int]  # of tensors, or of parts of them: parts are XORed
 _Result = TypeVar("_Result")
 
@@ -50,9 +51,11 @@ class NamedLock:
 
     header: LockHeader
 
-    def __init__(self, key: Key, derivation: Derivation, salt: bytes, schedule: str, sbox: SBox | None) -> None:
+    def __init__(self, key: PlainKey, derivation: Derivation, salt: bytes, schedule: str, sbox: SBox | None) -> None:
         self.schedule, self.sbox, self.key_bits = schedule, sbox, derivation.key_bits
         self._key, self._derivation, self._salt = key, derivation, salt
+        self._scrypt: Scrypt | None = None
+        self._own_key: MasterKey | None = None  # made from a passphrase, so nobody else will wipe it
         self.tier = active_tier()
         self._names: Iterable[str] = ()
         self._streams: dict[str, Schedule] = {}
@@ -70,7 +73,13 @@ class NamedLock:
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
             raise UnknownNameError(f"schedule: got {shown(schedule)}, accepted are {', '.join(SCHEDULES)}")
         salt = secrets.token_bytes(SALT_BYTES)
-        return cls(key, Derivation(key, salt), salt, schedule, sbox)
+        scrypt, own = None, None
+        if isinstance(key, Passphrase):
+            scrypt = key.new_scrypt()
+            key = own = key.derive(scrypt)
+        lock = cls(key, Derivation(key, salt), salt, schedule, sbox)
+        lock._scrypt, lock._own_key = scrypt, own
+        return lock
 
     @classmethod
     def from_header(
@@ -111,11 +120,15 @@ class NamedLock:
             raise HeaderError(
                 f"header: got {type(header).__name__}, accepted is a LockHeader; see LockHeader.from_json"
             )
+        own = None
+        if isinstance(key, Passphrase):
+            key = own = key.derive(header.passphrase)
         derivation = Derivation(key, header.salt)
         if check:
             _authenticate(derivation, header)
         box = _header_sbox(header, sbox) if needs_sbox else None
         lock = cls(key, derivation, header.salt, header.schedule, box)
+        lock._own_key = own
         lock.header = header
         lock._names = header.tensors if names is None else [*map(lock.root, header.tensors.keys() & names)]
         return lock
@@ -136,6 +149,7 @@ class NamedLock:
             salt=self._salt,
             check=self._derivation.check(),
             tensors=MappingProxyType(records),
+            passphrase=self._scrypt,
         )
         self._names = records
 
@@ -370,6 +384,8 @@ class NamedLock:
         for table in self._tables.values():
             table.wipe()
         self._tables.clear()
+        if self._own_key is not None:
+            self._own_key.wipe()
 
     def __repr__(self) -> str:
         if not hasattr(self, "_derivation"):  # as where somebody tries to copy it

@@ -2,7 +2,7 @@
 
 Everything that the package computes is here once more, byte by byte and in the order of the scheme: locking
 bytes (Alam, Saha, Mukhopadhyay and Kundu, "Deep-Lock", arXiv 2008.05966), the two key schedules (FIPS 197,
-SP 800-38A), the keys of each tensor (RFC 5869), their seals (SP 800-38D) and the header's MAC (RFC 2104).
+SP 800-38A), the keys of each tensor (RFC 5869, 7914), their seals (SP 800-38D) and the header's MAC (RFC 2104).
 
 It imports nothing of the package and is written to be compared with the standards, so every test trusts it.
 It is slow and indexes tables with secrets (it is not constant time): to lock a model, use the package.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import unicodedata
 from typing import Any
 
 # ------------------------------------------------------------------------------
@@ -227,6 +228,12 @@ def seal_key(master: bytes, salt: bytes, name: str) -> bytes:
 def header_key(master: bytes, salt: bytes) -> bytes:
     """Return the 32-byte key of the header's MAC."""
     return hkdf(master, salt, b"deeplock/v1/header", 32)
+
+
+def passphrase_key(passphrase: str, n: int, r: int, p: int, salt: bytes) -> bytes:
+    """Return the master key that a passphrase stands for: scrypt (RFC 7914) of its UTF-8 text in NFC."""
+    text = unicodedata.normalize("NFC", passphrase).encode()
+    return hashlib.scrypt(text, salt=salt, n=n, r=r, p=p, maxmem=2**30, dklen=32)
 
 
 # ------------------------------------------------------------------------------

@@ -133,13 +133,6 @@ def forget_transforms():
     locking._latest.clear()
 
 
-def framework(name):
-    """Import a framework; its absence is an error where DEEPLOCK_REQUIRE_FRAMEWORKS is set, as in the gate."""
-    if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS"):
-        return importlib.import_module(name)
-    return pytest.importorskip(name)
-
-
 def examples_of_frameworks(section, language="python"):
     """Give the examples of a section of the documentation for other frameworks."""
     text = (Path(frameworks.__file__).parent / "README.md").read_text()
@@ -358,3 +351,10 @@ def run_kernels_between_forbidden_pages(tier_name):
         copy(target_start, source_end - nbytes, nbytes)
         if nbytes % 64 == 0:
             copy(target_end - nbytes, source_start, nbytes)
+
+
+def framework(name):
+    """Import a framework, or skip the test; where DEEPLOCK_REQUIRE_FRAMEWORKS is set, its absence is an error."""
+    if os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import getpass
 import json
 import os
 import pty
 import re
+import select
 import shlex
 import signal
 import stat
@@ -32,13 +34,19 @@ from deeplock_kernels.checkpoints import streaming as checkpoints
 from deeplock_kernels.checkpoints.streaming import lock_file, read_header
 from deeplock_kernels.cli import main
 from deeplock_kernels.demo import show
+from deeplock_kernels.key_wrapping import unwrap_key, wrap_key
 from deeplock_kernels.keys import MasterKey
+from deeplock_kernels.passphrases import Passphrase
 from deeplock_kernels.runtime.tiers import TIERS, active_tier, use_tier
 from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES
 
-COMMANDS = ("keygen", "lock", "unlock", "rekey", "verify", "inspect", "tiers", "sboxes", "warmup", "bench", "demo")
+COMMANDS = (
+    *("keygen", "lock", "unlock", "rekey", "verify", "wrap-key", "rewrap-key"),
+    *("inspect", "tiers", "sboxes", "warmup", "bench", "demo"),
+)
 KEY, OTHER_KEY = KEYS[256], KEYS[256][::-1]
+PASSPHRASE = "correct horse battery staple"
 
 
 @pytest.fixture
@@ -47,6 +55,11 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, key in [("key", KEY), ("other.key", OTHER_KEY), ("short.key", KEYS[128])]:
         MasterKey.from_bytes(key).to_file(name)
+    wrap_key("wrapped", KEY)
+    (tmp_path / "passphrase").write_text(PASSPHRASE + "\n")
+    (tmp_path / "passphrase").chmod(0o600)
+    monkeypatch.setenv("DEEPLOCK_TEST_KEY", KEY.hex())
+    monkeypatch.delenv("DEEPLOCK_TEST_NO_KEY", raising=False)
     tensors = {
         "a.weight": painted(3000).reshape(30, 100),
         "a.bias": np.zeros(40, np.float32),
@@ -97,6 +110,149 @@ def snapshot(folder):
     }
 
 
+# Keys from elsewhere
+
+SOURCES_OF_THE_KEY = {
+    "file": "--key key",
+    "variable": "--key-env DEEPLOCK_TEST_KEY",
+    "command": "--key-command 'cat key'",
+    "shell": "--key-command \"sh -c 'echo $DEEPLOCK_TEST_KEY'\"",
+}
+
+
+@pytest.mark.parametrize("source", SOURCES_OF_THE_KEY)
+def test_the_key_comes_from_anywhere(folder, run, source):
+    words = shlex.split(SOURCES_OF_THE_KEY[source])
+    assert run("lock", "plain", "new", *words) == (0, "new: 3 tensors locked and sealed, 3,162 bytes\n", "")
+    deeplock_kernels.verify_file("new", KEY)
+    assert run("verify", "locked", *words)[0] == 0
+    new_words = [word.replace("--key", "--new-key") for word in words]
+    assert run("rekey", "new", "other", *words, *new_words)[0] == 0
+    assert run("rekey", "other", "third", "--key", "key", "--new-key", "other.key")[0] == 0
+    assert run("rekey", "third", "other", "--key", "other.key", *new_words)[0] == 0
+    assert run("unlock", "other", "restored", *words) == (0, "restored: unlocked\n", "")
+    assert (folder / "restored").read_bytes() == (folder / "plain").read_bytes()
+
+
+def test_a_passphrase_from_a_file(folder, run):
+    words = ("--passphrase-file", "passphrase")
+    assert run("lock", "plain", "new", *words) == (0, "new: 3 tensors locked and sealed, 3,162 bytes\n", "")
+    header = read_header("new")
+    assert header.check == reference.check_value(reference.passphrase_key(PASSPHRASE, *header.passphrase), header.salt)
+    code, out, err = run("inspect", "new")
+    assert (code, err) == (0, "")
+    assert "the key is made from a passphrase, by scrypt with n 131072, r 8, p 1\n" in out
+    assert run("rekey", "new", "other", *words, "--new-key", "key")[0] == 0
+    assert read_header("other").passphrase is None
+    assert "passphrase" not in run("inspect", "other")[1]
+    assert run("unlock", "new", "restored", *words) == (0, "restored: unlocked\n", "")
+    assert (folder / "restored").read_bytes() == (folder / "plain").read_bytes()
+
+
+def test_a_passphrase_is_asked_for_twice_where_something_is_locked_with_it(folder, run, monkeypatch):
+    asked, typed = [], []
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: asked.append(prompt) or typed.pop(0))
+
+    def ask(line, *answers):
+        asked.clear()
+        typed[:] = answers
+        code, _, err = run(*line.split())
+        assert typed == []
+        return code, err, asked
+
+    once, twice = ["passphrase: "], ["passphrase: ", "passphrase, again: "]
+    new = [f"new {prompt}" for prompt in twice]
+    assert ask("lock plain new --passphrase", "a", "b") == (
+        1, "deeplock: error: passphrase: the two are not the same; nothing was done\n", twice
+    )  # fmt: skip
+    assert not (folder / "new").exists()
+    assert ask("lock plain new --passphrase", "a", "a") == (0, "", twice)
+    assert ask("verify new --passphrase", "b")[0] == 3
+    assert ask("verify new --passphrase", "a") == (0, "", once)
+    assert ask("rekey new other --passphrase --new-passphrase", "a", "c", "c") == (0, "", once + new)
+    assert ask("unlock other restored --passphrase", "c") == (0, "", once)
+    assert (folder / "restored").read_bytes() == (folder / "plain").read_bytes()
+    assert ask("wrap-key data --passphrase", "d", "d") == (0, "", twice)
+    assert ask("lock plain third --passphrase --wrapped-key data", "d") == (0, "", once)
+    assert ask("rewrap-key data data2 --passphrase --new-passphrase", "d", "e", "e") == (0, "", once + new)
+    assert ask("verify third --passphrase --wrapped-key data2", "e") == (0, "", once)
+
+
+def test_a_wrapped_key_outlives_its_master(folder, run):
+    said = "data: a new data key of 256 bits, wrapped; without its master key nobody has it\n"
+    assert run("wrap-key", "data", "--key", "key") == (0, said, "")
+    assert run("lock", "plain", "new", "--key", "key", "--wrapped-key", "data")[0] == 0
+    with unwrap_key("data", KEY) as data_key:
+        deeplock_kernels.verify_file("new", data_key)
+    assert run("verify", "new", "--key", "key")[0] == 3
+    said = "data2: the same data key, wrapped by the new master key\n"
+    assert run("rewrap-key", "data", "data2", "--key", "key", "--new-key", "short.key") == (0, said, "")
+    assert run("verify", "new", "--key", "short.key", "--wrapped-key", "data2")[0] == 0
+    assert run("verify", "new", "--key", "short.key", "--wrapped-key", "data")[0] == 3
+    assert run("wrap-key", "data3", "--key", "other.key", "--bits", "128")[0] == 0
+    old, new = ("--key", "short.key", "--wrapped-key", "data2"), ("--new-key", "other.key", "--new-wrapped-key", "data3")
+    assert run("rekey", "new", "other", *old, *new)[0] == 0
+    assert read_header("other").key_bits == 128
+    assert run("unlock", "other", "restored", "--key", "other.key", "--wrapped-key", "data3")[0] == 0
+    assert (folder / "restored").read_bytes() == (folder / "plain").read_bytes()
+
+
+def test_a_key_file_that_others_can_read_is_warned_about(folder):
+    (folder / "key").chmod(0o640)
+    (folder / "passphrase").chmod(0o604)
+    words = "others than its owner can read it (mode {}); take that permission away, as by chmod 600\n"
+    for arguments, out, *warned in (
+        (LOCK, "new: 3 tensors locked and sealed, 3,162 bytes\n", ("key", "0640")),
+        (
+            "rekey new other --key key --new-passphrase-file passphrase",
+            "other: 3 tensors locked under the new key and sealed\n", ("key", "0640"), ("passphrase", "0604"),
+        ),
+    ):  # fmt: skip
+        done = process(*arguments.split())
+        err = "".join(f"deeplock: warning: {name}: {words.format(mode)}" for name, mode in warned)
+        assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+    (folder / "key").chmod(0o600)
+    assert process(*VERIFY.split()).stderr == ""
+
+
+def test_a_passphrase_is_typed_on_a_terminal_that_does_not_show_it(folder):
+    ours, theirs = pty.openpty()
+    # The leader of a new session takes the first terminal that it opens for its own.
+    shell = ["sh", "-c", f'exec 9<>{shlex.quote(os.ttyname(theirs))}; exec "$@"', "sh", *COMMAND]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        for arguments, prompts in (
+            ("lock plain new --passphrase", ["passphrase: ", "passphrase, again: "]),
+            ("unlock new restored --passphrase", ["passphrase: "]),
+        ):
+            with subprocess.Popen([*shell, *arguments.split()], env=environment(), start_new_session=True, **quiet) as running:
+                for prompt in prompts:
+                    shown = b""
+                    while not shown.endswith(prompt.encode()):
+                        assert select.select([ours], [], [], 200)[0], shown
+                        shown += os.read(ours, 1)
+                    assert PASSPHRASE.encode() not in shown
+                    os.write(ours, f"{PASSPHRASE}\n".encode())
+                _, err = running.communicate(timeout=200)
+            assert (running.returncode, err) == (0, b""), err
+        os.set_blocking(ours, False)
+        assert PASSPHRASE.encode() not in os.read(ours, 1000)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (folder / "restored").read_bytes() == (folder / "plain").read_bytes()
+
+
+def test_without_a_terminal_no_passphrase_is_asked_for(folder):
+    done = process("lock", "plain", "new", "--passphrase", input=f"{PASSPHRASE}\n" * 2, start_new_session=True)
+    words = "deeplock: error: passphrase: there is no terminal to ask on; give it in a file, such as /dev/stdin\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", words)
+    assert not (folder / "new").exists()
+    done = process("lock", "plain", "new", "--passphrase-file", "/dev/stdin", input=f"{PASSPHRASE}\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    deeplock_kernels.verify_file("new", Passphrase(PASSPHRASE))
+
+
 # Help
 
 
@@ -108,18 +264,22 @@ def test_help(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     for command in COMMANDS:
-        assert re.search(rf"^ +{command} +\w", out, re.MULTILINE), command
+        assert re.search(rf"^ +{command}\s+\w", out, re.MULTILINE), command
     assert "exit codes: 0 done, 1 failed, 2 wrong command line, 3 wrong key, 4 altered, 130 interrupted" in " ".join(
         out.split()
     )
 
 
+SOURCES = "--key --key-env --key-command --passphrase --passphrase-file"
+NEW_SOURCES = SOURCES.replace("--", "--new-")
 OPTIONS = {
     "keygen": "KEYFILE --bits",
-    "lock": "IN OUT --key --threads --schedule --sbox --only --no-seal",
-    "unlock": "IN OUT --key --threads",
-    "rekey": "IN OUT --key --new-key --threads",
-    "verify": "FILE --key --threads",
+    "lock": f"IN OUT {SOURCES} --wrapped-key --threads --schedule --sbox --only --no-seal",
+    "unlock": f"IN OUT {SOURCES} --wrapped-key --threads",
+    "rekey": f"IN OUT {SOURCES} --wrapped-key {NEW_SOURCES} --new-wrapped-key --threads",
+    "verify": f"FILE {SOURCES} --wrapped-key --threads",
+    "wrap-key": f"WRAPPED {SOURCES} --bits",
+    "rewrap-key": f"WRAPPED OUT {SOURCES} {NEW_SOURCES}",
     "inspect": "FILE",
     "tiers": "",
     "sboxes": "",
@@ -166,6 +326,16 @@ WRONG_LINES = {
     "bench on no threads": ["bench", "--threads", "x"],
     "threads of many digits": ["bench", "--threads", "9" * 5000],
     "inspect without a file": ["inspect"],
+    "two keys": ["lock", "plain", "new", "--key", "key", "--key-env", "DEEPLOCK_TEST_KEY"],
+    "a key and a passphrase": ["unlock", "locked", "new", "--key", "key", "--passphrase"],
+    "two passphrases": ["verify", "locked", "--passphrase", "--passphrase-file", "passphrase"],
+    "two new keys": ["rekey", "locked", "new", "--key", "key", "--new-key", "key", "--new-key-command", "cat key"],
+    "a wrapped key alone": ["lock", "plain", "new", "--wrapped-key", "wrapped"],
+    "a new wrapped key alone": ["rekey", "locked", "new", "--key", "key", "--new-wrapped-key", "wrapped"],
+    "wrap-key without a key": ["wrap-key", "new"],
+    "wrap-key of a wrapped key": ["wrap-key", "new", "--key", "key", "--wrapped-key", "wrapped"],
+    "rewrap-key without a new key": ["rewrap-key", "wrapped", "new", "--key", "key"],
+    "rewrap-key with other bits": ["rewrap-key", "wrapped", "new", "--key", "key", "--new-key", "key", "--bits", "128"],
 }
 
 
@@ -335,8 +505,19 @@ def not_sealed(folder):
     lock_file("plain", "locked", KEY, seal=False)
 
 
+def locked_with_passphrase(folder):
+    lock_file("plain", "locked", Passphrase(PASSPHRASE, n=1 << 14))
+
+
+def other_passphrase(folder):
+    locked_with_passphrase(folder)
+    (folder / "passphrase").write_text("another one")
+
+
+
 LOCK, UNLOCK = "lock plain new --key key", "unlock locked new --key key"
 VERIFY = "verify locked --key key"
+WRAPPED = "--key key --wrapped-key wrapped"
 REKEY = "rekey locked new --key key --new-key other.key"
 BAD_KEYS = {
     "empty": b"",
@@ -399,6 +580,35 @@ FAILURES = {  # name: (command line, what to do before, exit code, words)
     "verify of no file": ("verify none --key key", None, 1, "none: cannot be read: no such file"),
     "verify of a cut file": (VERIFY, truncated("locked"), 1, "locked: got "),
     "verify with another key": ("verify locked --key other.key", None, 3, "key: it is not the one"),
+    "lock onto the wrapped key": (f"lock plain wrapped {WRAPPED}", None, 1, "wrapped: it is the wrapped key; another"),
+    "unlock onto the passphrase": (
+        "unlock locked ./passphrase --passphrase-file passphrase", None, 1, "./passphrase: it is the passphrase's file"
+    ),
+    "rekey onto the new wrapped key": (
+        "rekey locked wrapped --key key --new-key key --new-wrapped-key wrapped", None, 1, "wrapped: it is the wrapped key"
+    ),
+    "no variable": ("lock plain new --key-env DEEPLOCK_TEST_NO_KEY", None, 1, "'DEEPLOCK_TEST_NO_KEY': it is not set"),
+    "no key in a variable": ("lock plain new --key-env PATH", None, 1, "the environment variable 'PATH': it holds no key"),
+    "a command that fails": ("unlock locked new --key-command 'cat none'", None, 1, "command: 'cat' failed with exit status 1"),
+    "a command without key": ("lock plain new --key-command 'cat plain'", None, 1, "command: 'cat' printed no key"),
+    "no command": ("lock plain new --key-command none-such", None, 1, "command: 'none-such' cannot be started: No such"),
+    "half a command": ("lock plain new --key-command 'cat \"key'", None, 1, "command: accepted are the words of a command"),
+    "no passphrase file": ("lock plain new --passphrase-file none", None, 1, "none: cannot be read: no such file"),
+    "no passphrase": ("lock plain new --passphrase-file plain", None, 1, "plain: it holds no passphrase"),
+    "another passphrase": (
+        "unlock locked new --passphrase-file passphrase", other_passphrase, 3, "key: it is not the one"
+    ),
+    "a passphrase for a key": ("unlock locked new --passphrase-file passphrase", None, 3, "key: got a passphrase"),
+    "a key for a passphrase": (UNLOCK, locked_with_passphrase, 3, "key: it is not the one"),
+    "a wrapped key of another": ("lock plain new --key other.key --wrapped-key wrapped", None, 3, "master: it is not the key"),
+    "no wrapped key": ("lock plain new --key key --wrapped-key key", None, 1, "key: not a wrapped key"),
+    "a cut wrapped key": (f"lock plain new {WRAPPED}", truncated("wrapped"), 1, "wrapped: not a wrapped key"),
+    "a wrapped key for a key": (f"unlock locked new {WRAPPED}", None, 3, "key: it is not the one"),
+    "wrap-key over a file": ("wrap-key plain --key key", None, 1, "plain: cannot be written: it exists already"),
+    "rewrap-key over a file": ("rewrap-key wrapped key --key key --new-key key", None, 1, "key: cannot be written: it exists"),
+    "rewrap-key onto itself": ("rewrap-key wrapped ./wrapped --key key --new-key key", None, 1, "which is the source wrapped"),
+    "rewrap-key with another key": ("rewrap-key wrapped made --key other.key --new-key key", None, 3, "old_master: it is not"),
+    "rewrap-key of a key file": ("rewrap-key key made --key key --new-key key", None, 1, "key: not a wrapped key"),
     "verify without key file": ("verify locked --key none", None, 1, "none: cannot be read: no such file"),
 } | {
     f"{command} with a key file {case}": (

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from deeplock_kernels import reference
 from deeplock_kernels.errors import HeaderError
 from deeplock_kernels.header import LockHeader, TensorRecord, sbox_field
+from deeplock_kernels.passphrases import SCRYPT_COSTS, Scrypt
 from deeplock_kernels.sboxes import AES, SBOXES, SBox
 
 SALT, CHECK, SEAL, MAC = "0f" * 16, "1e" * 16, "2d" * 16, "3c" * 32
@@ -41,7 +42,8 @@ EXPANSION = {
         "c": {"bytes": 10, "start": 7, "seal": SEAL},
     },
 }
-BASES = {"counter": COUNTER, "expansion": EXPANSION}
+PASSPHRASE = COUNTER | {"passphrase": {"scrypt": {"n": 131072, "p": 1, "r": 8, "salt": "5a" * 16}}}
+BASES = {"counter": COUNTER, "expansion": EXPANSION, "passphrase": PASSPHRASE}
 LEAVE_OUT = object()
 
 
@@ -106,6 +108,9 @@ def test_every_field_is_read():
         "b": TensorRecord(7, same_as="a"),
         "c": TensorRecord(10, start=7, seal=bytes.fromhex(SEAL)),
     }
+    assert header.passphrase is None
+    header = LockHeader.from_json(text_of(PASSPHRASE))
+    assert header.passphrase == Scrypt(n=1 << 17, r=8, p=1, salt=b"Z" * 16)
 
 
 def test_the_text_is_canonical():
@@ -116,6 +121,9 @@ def test_the_text_is_canonical():
         '"ä":{"bytes":40,"seal":"2d2d2d2d2d2d2d2d2d2d2d2d2d2d2d2d"}}}'
     )
     assert LockHeader.from_json(EXPANSION_TEXT).to_json() == EXPANSION_TEXT
+    field = f'"passphrase":{{"scrypt":{{"n":131072,"p":1,"r":8,"salt":"{"5a" * 16}"}}}},'
+    expected = COUNTER_TEXT.replace('"salt"', f'{field}"salt"', 1)
+    assert LockHeader.from_json(text_of(PASSPHRASE)).to_json() == expected
 
 
 def test_a_header_cannot_be_changed():
@@ -141,7 +149,7 @@ def test_a_header_does_not_change_with_what_it_was_made_of():
     assert header.to_json() == text
 
 
-@pytest.mark.parametrize("text", [COUNTER_TEXT, EXPANSION_TEXT], ids=["counter", "expansion"])
+@pytest.mark.parametrize("text", [text_of(base) for base in BASES.values()], ids=[*BASES])
 def test_pickled_and_copied_it_is_equal_and_cannot_be_changed(text):
     header = LockHeader.from_json(text)
     again = [pickle.loads(pickle.dumps(header, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
@@ -193,10 +201,13 @@ def headers(draw):
         else:
             tensors[name] = TensorRecord(tensors[root].nbytes, same_as=root)
     digests = st.fixed_dictionaries({"sha256": st.binary(min_size=32, max_size=32).map(bytes.hex)})
+    costs = (st.sampled_from(accepted) for accepted in SCRYPT_COSTS.values())
+    passphrase = draw(st.none() | st.builds(Scrypt, *costs, st.binary(min_size=16, max_size=16)))
     return LockHeader(
         schedule=schedule,
         sbox=draw(st.sampled_from(list(SBOXES)) | digests),
-        key_bits=draw(st.sampled_from([128, 192, 256])),
+        key_bits=draw(st.sampled_from([128, 192, 256] if passphrase is None else [256])),
+        passphrase=passphrase,
         salt=draw(st.binary(min_size=16, max_size=16)),
         check=draw(st.binary(min_size=16, max_size=16)),
         tensors=tensors,
@@ -227,7 +238,7 @@ def test_what_a_header_says_of_an_s_box():
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_field_that_is_missing(base):
-    for field in COUNTER.keys() - {"mac"}:
+    for field in COUNTER.keys() - {"mac"}:  # a passphrase need not be there either
         assert f"header: {field} missing" in refusal(text_of(changed(BASES[base], (field,), LEAVE_OUT)))
     for name in BASES[base]["tensors"]:
         where = f"tensors[{name!a}]: bytes missing"
@@ -336,6 +347,57 @@ def test_other_s_boxes(value):
     assert refusal(text_of(COUNTER | {"sbox": value})).startswith("sbox")
 
 
+SCRYPT = ("passphrase", "scrypt")
+
+
+@pytest.mark.parametrize("n", [1 << bits for bits in range(14, 19)])
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+def test_the_costs_of_scrypt_that_are_accepted(n, p):
+    value = changed(changed(PASSPHRASE, (*SCRYPT, "n"), n), (*SCRYPT, "p"), p)
+    assert LockHeader.from_json(text_of(value)).passphrase[:3] == (n, 8, p)
+
+
+WRONG_COSTS = {
+    "n": [0, 1, 2, 8192, 16383, 16385, 524288, 1 << 20, 1 << 62, -16384, "16384", True, None, [], {}],
+    "r": [0, 1, 7, 9, 16, 1 << 30, -8, "8", True, None],
+    "p": [0, 5, 16, 1 << 30, -1, "1", True, None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_COSTS.items() for value in values])
+def test_other_costs_of_scrypt(name, value):
+    """Neither ones that would be for nothing, nor ones that would take gigabytes or minutes."""
+    assert f"passphrase.scrypt.{name}: got " in refusal(text_of(changed(PASSPHRASE, (*SCRYPT, name), value)))
+
+
+@pytest.mark.parametrize("spelling", ["131072.0", "1.31072e5", "0131072", "+131072", "-0", "NaN", "1" + "0" * 100])
+def test_costs_have_one_spelling(spelling):
+    refusal(spelled(PASSPHRASE, (*SCRYPT, "n"), spelling))
+
+
+@pytest.mark.parametrize("value", [None, 1, True, "", "scrypt", [], {}, {"Scrypt": {}}, {"argon2": {}}])
+def test_other_ways_from_a_passphrase(value):
+    assert refusal(text_of(COUNTER | {"passphrase": value})).startswith("passphrase: ")
+    if value != {}:
+        assert refusal(text_of(COUNTER | {"passphrase": {"scrypt": value}})).startswith("passphrase.scrypt: ")
+
+
+def test_the_fields_of_scrypt():
+    for field in ("n", "r", "p", "salt"):
+        place = (*SCRYPT, field)
+        assert f"passphrase.scrypt: {field} missing" in refusal(text_of(changed(PASSPHRASE, place, LEAVE_OUT)))
+        text = text_of(PASSPHRASE)
+        start = text.index('"passphrase"')
+        assert f"{field!a} twice" in refusal(text[:start] + twice(text[start:], field, "8"))
+    assert "got the unknown field 'dklen'" in refusal(text_of(changed(PASSPHRASE, (*SCRYPT, "dklen"), 32)))
+    assert "got the unknown field 'argon2'" in refusal(text_of(changed(PASSPHRASE, ("passphrase", "argon2"), {})))
+
+
+@pytest.mark.parametrize("bits", [128, 192])
+def test_a_passphrase_makes_keys_of_one_length(bits):
+    assert refusal(text_of(PASSPHRASE | {"key_bits": bits})) == f"key_bits: got {bits}, accepted is 256 beside a passphrase"
+
+
 HEX_FIELDS = [
     (COUNTER, ("salt",)),
     (EXPANSION, ("check",)),
@@ -343,6 +405,7 @@ HEX_FIELDS = [
     (COUNTER, ("tensors", "ä", "seal")),
     (EXPANSION, ("tensors", "c", "seal")),
     (EXPANSION, ("sbox", "sha256")),
+    (PASSPHRASE, (*SCRYPT, "salt")),
 ]
 
 

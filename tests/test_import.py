@@ -136,7 +136,7 @@ FLOORS = [
     {"runtime"},
     {"kernels"},
     {"simd"},
-    {"sboxes", "properties", "keys", "files", "buffers", "errors", "reference"},
+    {"sboxes", "properties", "keys", "passphrases", "key_sources", "key_wrapping", "files", "buffers", "errors", "reference"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

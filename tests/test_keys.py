@@ -87,6 +87,7 @@ def test_generate_asks_the_operating_system(monkeypatch):
 def test_from_file(tmp_path, bits, end):
     path = tmp_path / "key"
     path.write_text(SECRETS[bits].hex() + end)
+    path.chmod(0o600)
     for name in (path, str(path)):
         assert key_bytes(MasterKey.from_file(name)) == SECRETS[bits]
 

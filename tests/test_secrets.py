@@ -12,6 +12,7 @@ import pickle
 import pprint
 import random
 import reprlib
+import string
 import sys
 import threading
 import traceback
@@ -27,7 +28,9 @@ from processes import run
 import deeplock_kernels as deeplock
 from deeplock_kernels import named_lock, reference
 from deeplock_kernels.cli import main
+from deeplock_kernels.key_sources import passphrase_from_file
 from deeplock_kernels.keys import Derivation
+from deeplock_kernels.passphrases import Scrypt
 from deeplock_kernels.pieces import Range
 
 KEYS = {bits: random.Random(1000 + bits).randbytes(bits // 8) for bits in (128, 192, 256)}
@@ -59,6 +62,10 @@ def derived(master, salt):
 OTHER = deeplock.MasterKey.from_bytes(random.Random(7).randbytes(32))
 SECRETS = {bits: derived(key, SALT) for bits, key in KEYS.items()}
 OTHERS = {f"{name} of the other key": secret for name, secret in derived(bytes(OTHER._bytes), SALT).items()}
+TEXT = "".join(random.Random(8).choices(string.ascii_letters, k=40))
+SCRYPT = Scrypt(1 << 14, 8, 1, SALT)
+OTHERS |= {f"{name} of the passphrase": secret for name, secret in derived(reference.passphrase_key(TEXT, *SCRYPT), SALT).items()}
+OTHERS["passphrase"] = TEXT.encode()
 LEAKS = {bits: Leaks(secrets | OTHERS) for bits, secrets in SECRETS.items()}
 each_length = pytest.mark.parametrize("bits", KEYS)
 
@@ -70,6 +77,10 @@ def known_salt(monkeypatch):
 
 def master(bits=256):
     return deeplock.MasterKey.from_bytes(KEYS[bits])
+
+
+def passphrase():
+    return deeplock.Passphrase(TEXT, n=SCRYPT.n)
 
 
 def model():
@@ -140,9 +151,9 @@ def test_nothing_is_found_where_nothing_is():
 # Objects
 
 
-def used_lock(bits):
+def used_lock(key):
     """Give a lock in the middle of its work, with all its keys at hand."""
-    lock = named_lock.NamedLock.new(master(bits), "counter", deeplock.AES)
+    lock = named_lock.NamedLock.new(key, "counter", deeplock.AES)
     lock.kept = model()
     lock.cover({name: (tensor.nbytes, None) for name, tensor in lock.kept.items()})
     ranges = [Range(name, *2 * [tensor.ctypes.data], tensor.nbytes) for name, tensor in lock.kept.items()]
@@ -162,12 +173,15 @@ SECRET_OBJECTS = {
     "Derivation": lambda bits: Derivation(master(bits), SALT),
     "CounterSchedule": lambda bits: used(deeplock.CounterSchedule(master(bits), IV)),
     "ExpansionSchedule": lambda bits: used(deeplock.ExpansionSchedule(master(bits))),
-    "NamedLock": used_lock,
-    "KeyTable of tensor keys": lambda bits: used_lock(bits)._tables["tensor"],
-    "KeyTable of seal keys": lambda bits: used_lock(bits)._tables["seal"],
+    "Passphrase": lambda bits: passphrase(),
+    "NamedLock": lambda bits: used_lock(master(bits)),
+    "NamedLock of a passphrase": lambda bits: used_lock(passphrase()),
+    "KeyTable of tensor keys": lambda bits: used_lock(master(bits))._tables["tensor"],
+    "KeyTable of seal keys": lambda bits: used_lock(master(bits))._tables["seal"],
 }
 OPEN_OBJECTS = {
     "LockHeader": lambda bits: deeplock.lock_tensors(model(), master(bits)),
+    "LockHeader of a passphrase": lambda bits: deeplock.lock_tensors(model(), passphrase()),
     "SBox": lambda bits: deeplock.AES,
 }
 OBJECTS = SECRET_OBJECTS | OPEN_OBJECTS
@@ -365,6 +379,52 @@ MISTAKES = {
         lambda: key.to_file("key"),
         lambda: key.to_file("no/directory"),
     ],
+    "Passphrase": lambda key: [
+        lambda: deeplock.Passphrase(TEXT + "\n"),
+        lambda: deeplock.Passphrase(key),
+        lambda: deeplock.Passphrase(TEXT, n=3),
+        lambda: passphrase().derive(None),
+        lambda: passphrase().derive(key),
+        lambda: passphrase().derive(SCRYPT._replace(n=5)),
+        lambda: deeplock.lock_tensors(model(), passphrase(), threads=0),
+        lambda: deeplock.unlock_tensors(*locked(key)[:1], passphrase(), locked(key)[1]),
+        lambda: deeplock.unlock_tensors(model(), key, locked(passphrase())[1]),
+        lambda: deeplock.unlock_tensors(model(), passphrase(), locked(passphrase())[1]),
+        lambda: deeplock.rekey_tensors(model(), passphrase(), key, locked(passphrase())[1]),
+    ],
+    "key_from_command": lambda key: [
+        lambda: deeplock.key_from_command("cat 'broken key'"),
+        lambda: deeplock.key_from_command("sh -c 'cat key; exit 1'"),
+        lambda: deeplock.key_from_command("sh -c 'cat key key'"),
+        lambda: deeplock.key_from_command("sh -c 'cat key; sleep 9'", timeout=0.5),
+        lambda: deeplock.key_from_command(key),
+        lambda: deeplock.key_from_command("none-such"),
+    ],
+    "key_from_environment": lambda key: [
+        lambda: deeplock.key_from_environment("BROKEN_KEY"),
+        lambda: deeplock.key_from_environment("NO_KEY"),
+        lambda: deeplock.key_from_environment(key),
+    ],
+    "wrap_key": lambda key: [
+        lambda: deeplock.wrap_key("key", key),
+        lambda: deeplock.wrap_key("key", passphrase()),
+        lambda: deeplock.wrap_key("new", key, bits=3),
+        lambda: deeplock.wrap_key("new", "text"),
+    ],
+    "unwrap_key": lambda key: [
+        lambda: deeplock.unwrap_key("wrapped", OTHER),
+        lambda: deeplock.unwrap_key("wrapped", passphrase()),
+        lambda: deeplock.unwrap_key("key", key),
+        lambda: deeplock.unwrap_key("broken key", passphrase()),
+        lambda: deeplock.unwrap_key(key, "wrapped"),
+    ],
+    "rewrap_key": lambda key: [
+        lambda: deeplock.rewrap_key("wrapped", "key", key, OTHER),
+        lambda: deeplock.rewrap_key("wrapped", "key", key, passphrase()),
+        lambda: deeplock.rewrap_key("wrapped", "new", OTHER, key),
+        lambda: deeplock.rewrap_key("key", "new", key, OTHER),
+        lambda: deeplock.rewrap_key("wrapped", "new", key, 3),
+    ],
     "SBox": lambda key: [lambda: deeplock.SBox(key), lambda: deeplock.SBox(bytes(256))],
     "expand_key": lambda key: [lambda: deeplock.expand_key(key, -1), lambda: deeplock.expand_key(4, key)],
     "get_num_threads": lambda key: [],
@@ -428,6 +488,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     master().to_file("key")
     Path("broken key").write_text(KEYS[256].hex() + "0")
+    Path("passphrase").write_text(TEXT)
+    Path("passphrase").chmod(0o600)
+    monkeypatch.setenv("BROKEN_KEY", KEYS[256].hex() + "0")
+    monkeypatch.setenv("A_KEY", KEYS[256].hex())
+    monkeypatch.delenv("NO_KEY", raising=False)
+    deeplock.wrap_key("wrapped", master())
     safetensors.numpy.save_file(model(), "plain")
     deeplock.lock_file("plain", "locked", master())
     deeplock.lock_file("plain", "bare", master(), seal=False)
@@ -518,6 +584,14 @@ def everything(schedule, key):
         assert again == key != other
     os.unlink("other key")
     deeplock.MasterKey.generate()
+    assert key == deeplock.key_from_environment("A_KEY") == deeplock.key_from_command("cat key")
+    with passphrase_from_file("passphrase") as secret:
+        header = deeplock.lock_tensors(tensors, secret, schedule=schedule)
+        deeplock.unlock_tensors(tensors, secret, header)
+        for name, first, second in (("again", key, secret), ("and again", secret, key)):
+            deeplock.rewrap_key("wrapped", name, first, second)
+            os.replace(name, "wrapped")
+        deeplock.unwrap_key("wrapped", key)
 
 
 def test_no_moment_can_show_a_key(folder):
@@ -605,6 +679,22 @@ COMMAND_LINES = {
     "a plain file": (1, "unlock plain new --key key"),
     "no file": (1, "unlock none new --key key"),
     "no directory": (1, "lock plain none/new --key key"),
+    "a variable": (0, "lock plain new --key-env A_KEY"),
+    "a broken variable": (1, "lock plain new --key-env BROKEN_KEY"),
+    "no variable": (1, "lock plain new --key-env NO_KEY"),
+    "a command": (0, "unlock locked new --key-command cat\0key"),
+    "a command for a broken key": (1, "unlock locked new --key-command cat\0broken\\\0key"),
+    "a passphrase": (0, "lock plain new --passphrase-file passphrase"),
+    "a key file as the passphrase": (3, "unlock locked new --passphrase-file key"),
+    "a model as the passphrase": (1, "unlock locked new --passphrase-file plain"),
+    "a passphrase as the key": (1, "unlock locked new --key passphrase"),
+    "wrap-key": (0, "wrap-key new --key key"),
+    "wrap-key over a key": (1, "wrap-key key --key key"),
+    "rewrap-key": (0, "rewrap-key wrapped new --key key --new-passphrase-file passphrase"),
+    "rewrap-key of a key": (1, "rewrap-key key new --key key --new-key other"),
+    "a wrapped key": (0, "lock plain new --key key --wrapped-key wrapped"),
+    "a wrapped key of another": (3, "lock plain new --key other --wrapped-key wrapped"),
+    "a key file as the wrapped key": (1, "lock plain new --key key --wrapped-key key"),
     "no such S-Box": (2, "lock plain new --key key --sbox none"),
     "no such option": (2, "lock plain new --key key --none"),
     "nothing": (2, ""),
@@ -621,7 +711,7 @@ def test_no_word_and_no_file_of_the_command_shows_a_key(line, folder, capsys):
     code, text = COMMAND_LINES[line]
     OTHER.to_file("other")
     keys = {path.name: path.read_bytes() for path in folder.iterdir() if LEAKS[256](path.read_bytes())}
-    assert keys.keys() == {"key", "other", "broken key"}
+    assert keys.keys() == {"key", "other", "broken key", "passphrase"}
     try:
         found = main([part.replace("\0", " ") for part in text.split()])
     except SystemExit as end:
@@ -688,7 +778,7 @@ with open("alive", "wb") as file:
         elif issubclass(kind, str):
             file.write(value.encode(errors="replace"))
         elif issubclass(kind, np.ndarray) and value.dtype != object:
-            file.write(value.tobytes())
+            file.write(np.asarray(value).tobytes())
         elif hasattr(kind, "_length_"):  # memory of ctypes
             file.write(bytes(value))
         left += gc.get_referents(value)

@@ -27,6 +27,7 @@ from deeplock_kernels.checkpoints.formats.base import Edit, Format, Layout, Tens
 from deeplock_kernels.errors import AlreadyLockedError, ContainerError, HeaderError, NotLockedError
 from deeplock_kernels.files import atomic_output, check_distinct, check_regular, file_errors, path_text
 from deeplock_kernels.header import LockHeader
+from deeplock_kernels.keys import Hidden
 from deeplock_kernels.locking import find_sbox
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
 from deeplock_kernels.pieces import BLOCK, Range
@@ -366,7 +367,7 @@ def opened(path: Path, argument: str = "src") -> Iterator[Model]:
     with ExitStack() as stack:
         main = stack.enter_context(_opened(text, ""))
         with file_errors(text, "read"):
-            start = main.file.read(_START_BYTES)
+            start = Hidden(main.file.read(_START_BYTES))  # it may be a key file, by mistake
             main.file.seek(0)
             known = recognise(start)
             layout = known.read(main.file, main.size, text)

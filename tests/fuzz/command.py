@@ -2,7 +2,7 @@
 
 A case is the arguments, one a line, then an empty line, then what the file `given` holds. A path leads nowhere but into
 the directory: an argument that could do otherwise makes a case void. The commands `bench`, `demo` and `warmup`, which
-take long, do nothing here; their arguments are read all the same.
+take long, do nothing here; their arguments are read all the same. Nor is any command run for a key, or a terminal asked.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from unittest import mock
 import numpy as np
 import safetensors.numpy
 
-from deeplock_kernels import cli
+from deeplock_kernels import cli, key_sources
 from deeplock_kernels.checkpoints.formats.safetensors_table import entry, read_table
 from deeplock_kernels.checkpoints.streaming import lock_file
+from deeplock_kernels.errors import KeySourceError
+from deeplock_kernels.key_wrapping import wrap_key
 from deeplock_kernels.keys import MasterKey
 
-COMMANDS = ["keygen", "lock", "unlock", "verify", "inspect", "tiers", "sboxes", "bench", "warmup", "demo"]
+COMMANDS = [
+    "keygen", "lock", "unlock", "verify", "wrap-key", "rewrap-key", "inspect", "tiers", "sboxes", "bench", "warmup", "demo",
+]  # fmt: skip
 OPTIONS = [
     "--key", "--threads", "--schedule", "--sbox", "--only", "--bits", "--size", "--rounds",
     "--tier", "--into", "--no-seal", "--quick", "--help", "--version", "--",
+    "--key-env", "--passphrase-file", "--wrapped-key", "--new-key",
 ]  # fmt: skip
 NAMES = [
     "plain", "locked", "expansion", "unsealed", "altered", "cut", "key", "other.key", "short.key", "empty", "folder",
     "folder/plain", "link", "dangling", "circle", "given", "new", "folder/new", "missing/new", ".",
+    "wrapped", "passphrase",
 ]  # fmt: skip
 VALUES = [
     "1", "2", "0", "-1", "64KiB", "2GiB", "٣", "128", "192", "256", "counter", "expansion", "aes",
@@ -45,6 +51,8 @@ VALUES = [
 TOKENS = ["\n", "\n\n", *(f"{word}\n" for word in COMMANDS + OPTIONS + NAMES + VALUES), *OPTIONS]
 SEALED = ("locked", "expansion")
 _new_parser = cli._parser
+_no_key = mock.Mock(side_effect=KeySourceError("no commands and no terminal here"))
+_NO_SOURCES = {"key_from_command": _no_key, "passphrase_from_terminal": _no_key}
 _ELSEWHERE = re.compile(r"(^|[^\w.])/|\.\.|\0/")
 
 
@@ -99,22 +107,30 @@ def _check_done(
         assert not changed
         return
     command = parsed.run.__name__
-    written = {"_lock": "output", "_unlock": "output", "_keygen": "keyfile"}.get(command)
+    outputs = dict.fromkeys(("_lock", "_unlock", "_wrap_key", "_rewrap_key"), "output")
+    written = (outputs | {"_keygen": "keyfile"}).get(command)
     if written is None:
         assert not changed
         assert command != "_verify" or folder.real(parsed.file) in SEALED
         return
     target = folder.real(getattr(parsed, written))
     assert changed <= {target}
-    assert "key" not in parsed or target != folder.real(parsed.key), "the key is gone"
+    sources = {name: getattr(parsed, name, None) for name in ("key", "key_env", "passphrase_file", "wrapped_key")}
+    sources = {name: value for name, value in sources.items() if value is not None}
+    for name in sources.keys() - {"key_env"}:
+        assert target != folder.real(sources[name]), "the key is gone"
     if command == "_keygen":
         assert target not in before
         assert re.fullmatch(rb"[0-9a-f]+\n", after[target])
         assert len(after[target]) == parsed.bits // 4 + 1
     elif command == "_lock":
-        code, _, err = folder.run(["unlock", f"--key={parsed.key}", "--", parsed.output, "unlocked again"])
+        key = [f"--{name.replace('_', '-')}={value}" for name, value in sources.items()]
+        code, _, err = folder.run(["unlock", *key, "--", parsed.output, "unlocked again"])
         assert code == cli.DONE, err
         assert folder.content()["unlocked again"] == before[folder.real(parsed.input)]
+    elif command in ("_wrap_key", "_rewrap_key"):
+        assert target not in before
+        assert after[target].startswith(b"deeplock-wrapped-key/1 ")
     else:
         assert entry(read_table(folder.path / target)) is None
         assert folder.real(parsed.input) in (*SEALED, "unsealed")
@@ -142,6 +158,8 @@ class _Folder:
         self._files = {path.name: path.read_bytes() for path in self.path.iterdir()}
         locked = self._files["locked"]
         altered = locked[:-1] + bytes([locked[-1] ^ 1])
+        wrap_key(self.path / "wrapped", keys["key"])
+        self._files |= {"wrapped": (self.path / "wrapped").read_bytes(), "passphrase": b"correct horse"}
         self._files |= {"altered": altered, "cut": locked[:-1], "empty": b"", "given": b""}
         self.refill()
 
@@ -157,6 +175,7 @@ class _Folder:
         (self.path / "folder").mkdir(parents=True)
         for name, content in self._files.items():
             (self.path / name).write_bytes(content)
+            (self.path / name).chmod(0o600)  # any of them may be taken for a key's
         (self.path / "folder" / "plain").write_bytes(self._files["plain"])
         for name, behind in (("link", "plain"), ("dangling", "made"), ("circle", "circle")):
             (self.path / name).symlink_to(behind)
@@ -176,7 +195,12 @@ class _Folder:
         before = os.getcwd()
         os.chdir(self.path)
         try:
-            with redirect_stdout(out), redirect_stderr(err), mock.patch.object(cli, "_parser", _parser):
+            with (
+                redirect_stdout(out),
+                redirect_stderr(err),
+                mock.patch.object(cli, "_parser", _parser),
+                mock.patch.multiple(key_sources, **_NO_SOURCES),
+            ):
                 code: object = cli.main(arguments)
         except SystemExit as end:
             code = end.code

@@ -31,11 +31,11 @@ FIELDS = (
         "start",
         "same_as",
     ),
-    *("seal", "sha256"),
+    *("seal", "sha256", "passphrase", "scrypt", "n", "r", "p"),
 )
 VALUES = [
     *FIELDS, *SBOXES, "deeplock/1", "counter", "expansion", "0f" * 16, "1E" * 16, "3c" * 32, 128, 192, 256,
-    {"sha256": "4b" * 32},
+    {"sha256": "4b" * 32}, {"scrypt": {"n": 16384, "r": 8, "p": 1, "salt": "0f" * 16}}, 1, 8, 16384, 1 << 30,
 ]  # fmt: skip
 TOKENS = [json.dumps(value) for value in VALUES] + ["-0", "1e0", "\\ud800", "\\/", "NaN"]
 
@@ -56,6 +56,10 @@ def run(data: bytes) -> None:
     assert written.encode() == reference.canonical_json(value)
     assert LockHeader.from_json(written) == header
     _check_streams(value["tensors"], value["schedule"])
+    if "passphrase" in value:
+        cost = value["passphrase"]["scrypt"]
+        assert 16 << 20 <= 128 * cost["n"] * cost["r"] <= 256 << 20
+        assert 1 <= cost["p"] <= 4
 
 
 def mutate(data: bytes, random: Random, mutate_bytes: Callable[[bytes], bytes]) -> bytes:
