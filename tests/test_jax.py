@@ -156,16 +156,20 @@ def test_large_arrays_by_several_threads(offset, in_place):
 
 def test_a_donated_array_is_changed_where_it_is():
     array = jnp.array(support.painted(4000))
-    place = array.unsafe_buffer_pointer()
-    result = jax.jit(traced("lock", in_place=True), donate_argnums=0)(array, *operands(128))
+    place, function = array.unsafe_buffer_pointer(), jax.jit(traced("lock", in_place=True), donate_argnums=0)
+    program = function.lower(array, *operands(128)).compile().as_text()
+    assert "output_to_operand_aliasing" in program
+    assert " copy(" not in program
+    result = function(array, *operands(128))
     assert result.unsafe_buffer_pointer() == place
     assert array.is_deleted()
     assert content(result) == oracle("lock", 128, support.painted(4000))
 
 
 def test_an_array_that_is_not_donated_stays_as_it_is():
-    array = jnp.array(support.painted(4000))
-    result = jax.jit(traced("lock", in_place=True))(array, *operands(128))
+    array, function = jnp.array(support.painted(4000)), jax.jit(traced("lock", in_place=True))
+    assert " copy(" in function.lower(array, *operands(128)).compile().as_text()
+    result = function(array, *operands(128))
     assert content(array) == support.painted(4000).tobytes()
     assert content(result) == oracle("lock", 128, support.painted(4000))
 

@@ -14,6 +14,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ TARGET = "deeplock_transform"  # what XLA knows the handler by
 _ALIGNMENT = 64  # from which on JAX takes memory over as it is
 _IV_BYTES = 16
 _rows: dict[int, tuple[int, Transform]] = {}
-_rows_lock = threading.Lock()
+_lock = threading.RLock()
 _kept: list[Any] = []  # what XLA has the address of
 
 
@@ -321,10 +322,10 @@ def _apply(
     key, iv = _key_and_iv(schedule)
     if not any(isinstance(value, jax.core.Tracer) for value in (array, key, iv)):
         source = _host_array(array, "array")
-        if not isinstance(schedule, Schedule):
-            schedule = CounterSchedule(_bytes(key), _bytes(iv))
-        function = locking.lock if direction == "lock" else locking.unlock
-        result = function(source, schedule, sbox=box, offset=offset, out=_aligned_like(source), threads=threads)
+        given = isinstance(schedule, Schedule)
+        with nullcontext(schedule) if given else CounterSchedule(_bytes(key), _bytes(iv)) as stream:
+            function, result = getattr(locking, direction), _aligned_like(source)
+            function(source, stream, sbox=box, offset=offset, out=result, threads=threads)
         return _as_jax(result, array)
     if not isinstance(key, jax.core.Tracer):
         raise KeyTypeError(
@@ -418,7 +419,7 @@ def _call_back(
     direction: str, box: SBox, offset: int, nbytes: int, in_place: bool, threads: int
 ) -> Callable[..., Any]:
     """Give the function that has XLA call Python."""
-    function = locking.lock if direction == "lock" else locking.unlock
+    function = getattr(locking, direction)
 
     def work(array: Any, key: Any, iv: Any) -> Any:
         with CounterSchedule(_bytes(key), _bytes(iv)) as schedule:
@@ -439,7 +440,7 @@ def _number(transform: Transform, box: SBox, direction: str, bits: int) -> int:
 
     digest = hashlib.sha256(f"{direction}/{bits}/{box.sha256}".encode()).digest()
     number = int.from_bytes(digest[:8], "little", signed=True)
-    with _rows_lock:
+    with _lock:
         row, known = _rows.get(number, (len(_rows), None))
         if known is not transform:
             if row == xla.ROWS:
@@ -453,9 +454,15 @@ def _number(transform: Transform, box: SBox, direction: str, bits: int) -> int:
     return number
 
 
-@functools.cache
 def _calls_kernels() -> bool:
-    """Say whether XLA can call the kernels here: it takes the handler, and a known answer is right."""
+    """Say whether XLA can call the kernels here."""
+    with _lock:
+        return _register()
+
+
+@functools.cache
+def _register() -> bool:
+    """Have XLA take the handler, and see whether a known answer is right."""
     try:
         from deeplock_kernels.frameworks import xla
 
