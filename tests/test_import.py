@@ -240,3 +240,22 @@ def test_every_file_is_looked_at():
     assert {"__init__", "locking", "runtime.pool", "runtime", "kernels.portable", "simd.vectors"} <= set(MODULES)
     found = {other for name in INSIDE for other, _, _ in rooms_of(MODULES[name])}
     assert {"errors", "runtime", "transform", "kernels", "sboxes"} <= found
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("None", "JAX is not installed; pip install 'deeplock-kernels[jax]'"),
+        ("types.SimpleNamespace(__version__='0.4.38', __version_info__=(0, 4, 38))", "got JAX 0.4.38, accepted is 0.5 or"),
+    ],
+)
+def test_jax_that_is_absent_or_too_old(module, message):
+    program = f"""
+import sys, types
+sys.modules["jax"] = {module}
+try:
+    import deeplock_kernels.frameworks.jax
+except ImportError as error:
+    print(error)
+"""
+    assert run(program).startswith(f"deeplock_kernels.frameworks.jax: {message}")

@@ -48,6 +48,11 @@ except ImportError as error:
     raise ImportError(
         "deeplock_kernels.frameworks.jax: JAX is not installed; pip install 'deeplock-kernels[jax]'"
     ) from error
+if jax.__version_info__ < (0, 5):
+    raise ImportError(
+        f"deeplock_kernels.frameworks.jax: got JAX {jax.__version__}, accepted is 0.5 or later; "
+        "pip install --upgrade 'deeplock-kernels[jax]'"
+    )
 
 __all__ = ["derive_keys", "lock", "lock_pytree", "prepare", "unlock", "unlock_leaves", "unlock_pytree"]
 
