@@ -93,7 +93,7 @@ class NativeFunctions(Mapping[str, NativeFunction]):
         self._sbox, self._tier = sbox, tier
 
     def __getitem__(self, name: str) -> NativeFunction:
-        if name not in _KINDS:
+        if not isinstance(name, str) or name not in _KINDS:
             raise UnknownNameError(f"name: got {shown(name)}, accepted are {', '.join(_KINDS)}")
         made = _made.get((self._tier, self._sbox, name))
         if made is None:

@@ -140,6 +140,15 @@ def test_compiled_functions_on_every_tier(tier):
     assert content(result) == oracle("unlock", 256, support.painted(500), box=box)
 
 
+def test_programs_keep_their_kernels():
+    data, programs = support.painted(100), {}
+    for direction, bits, name in [("lock", 128, "aes"), ("unlock", 128, "aes"), ("lock", 256, "aes"), ("lock", 128, "sm4")]:
+        function = jax.jit(traced(direction, sbox=name))
+        programs[direction, bits, name] = function.lower(data, *operands(bits)).compile()
+    for (direction, bits, name), program in programs.items():
+        assert content(program(data, *operands(bits))) == oracle(direction, bits, data, box=SBOXES[name])
+
+
 def test_nothing_at_all():
     assert jax.jit(traced("lock"))(jnp.zeros((0, 3)), *operands(128)).shape == (0, 3)
 
