@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "deeplock_kernels.checkpoints.inplace": ("lock_file_in_place", "recover_file", "unlock_file_in_place"),
+    "deeplock_kernels.checkpoints.loading": ("load_file", "open_locked"),
     "deeplock_kernels.checkpoints.streaming": (
         "lock_file",
         "read_header",
@@ -38,6 +40,11 @@ _HOME_BY_NAME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_BY_NAME)]
 
 if TYPE_CHECKING:
+    from deeplock_kernels.checkpoints.inplace import lock_file_in_place as lock_file_in_place
+    from deeplock_kernels.checkpoints.inplace import recover_file as recover_file
+    from deeplock_kernels.checkpoints.inplace import unlock_file_in_place as unlock_file_in_place
+    from deeplock_kernels.checkpoints.loading import load_file as load_file
+    from deeplock_kernels.checkpoints.loading import open_locked as open_locked
     from deeplock_kernels.checkpoints.streaming import lock_file as lock_file
     from deeplock_kernels.checkpoints.streaming import read_header as read_header
     from deeplock_kernels.checkpoints.streaming import rekey_file as rekey_file

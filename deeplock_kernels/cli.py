@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -47,7 +48,8 @@ _UNITS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code."""
-    parsed = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parsed = _parser(in_place=_in_place(words)).parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
@@ -95,7 +97,13 @@ def _say(kind: str, message: object) -> None:
     print(f"deeplock: {kind}: {line}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _in_place(words: Sequence[str]) -> bool:
+    """Say whether a command line has no OUT, which has to be known before it is parsed."""
+    options = itertools.takewhile(lambda word: word != "--", words)
+    return any(len(word) > 2 and "--in-place".startswith(word) for word in options)
+
+
+def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deeplock",
         description="Lock the weights of trained networks: without the key a model loads and computes nonsense.",
@@ -115,8 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)"
     )
 
-    locker = command("lock", _lock, "lock a safetensors file")
-    _add_files(locker)
+    locker = command("lock", _lock, "lock a safetensors, npy, npz, GGUF or ONNX file")
+    _add_files(locker, output=not in_place)
+    _add_in_place(locker)
     locker.add_argument(
         "--schedule",
         type=_schedule,
@@ -137,14 +146,22 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out the seals by which unlocking notices altered weights",
     )
 
-    _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
+    unlocker = command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte")
+    _add_files(unlocker, output=not in_place)
+    _add_in_place(unlocker)
+
+    recoverer = command("recover", _recover, "finish a lock or unlock in place that was interrupted, or take it back")
+    recoverer.add_argument("file", metavar="FILE", help="the file; one that is whole stays as it is")
+    recoverer.add_argument("--undo", action="store_true", help="make it what it was, not what it was to become")
+    _add_key(recoverer)
+    _add_threads(recoverer)
 
     rekeyer = command("rekey", _rekey, "lock a locked file anew under another key, without unlocking it")
     _add_files(rekeyer)
     _add_key(rekeyer, "new-")
 
     verifier = command("verify", _verify, "say whether a locked file is as it was locked, without unlocking it")
-    verifier.add_argument("file", metavar="FILE", help="the locked safetensors file; it is only read")
+    verifier.add_argument("file", metavar="FILE", help="the locked file; it is only read")
     _add_key(verifier)
     _add_threads(verifier)
 
@@ -188,11 +205,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN", help="the safetensors file to read")
-    parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
+def _add_files(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
+    parser.add_argument("input", metavar="IN", help="the file to read")
+    if output:
+        parser.add_argument("output", metavar="OUT", help="the file to write; it appears when it is complete")
     _add_key(parser)
     _add_threads(parser)
+
+
+def _add_in_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="change IN itself, without OUT, where the disk has no room for both; slower, see `deeplock recover`",
+    )
 
 
 def _add_key(parser: argparse.ArgumentParser, new: str = "") -> None:
@@ -353,33 +379,45 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import lock_file_in_place
     from deeplock_kernels.checkpoints.streaming import lock_file
 
+    names = ("schedule", "sbox", "only", "seal", "threads")
+    options = {name: getattr(arguments, name) for name in names}
     with _key(arguments, twice=True) as key, _progress(arguments.input, "locking") as progress:
-        _spare_key_files(arguments)
-        header = lock_file(
-            arguments.input,
-            arguments.output,
-            key,
-            schedule=arguments.schedule,
-            sbox=arguments.sbox,
-            only=arguments.only,
-            seal=arguments.seal,
-            threads=arguments.threads,
-            progress=progress,
-        )
+        if arguments.in_place:
+            target = arguments.input
+            header = lock_file_in_place(target, key, **options, progress=progress)
+        else:
+            target = arguments.output
+            _spare_key_files(arguments)
+            header = lock_file(arguments.input, target, key, **options, progress=progress)
     nbytes = sum(record.nbytes for record in header.tensors.values())
     sealed = "locked and sealed" if arguments.seal else "locked, not sealed"
-    yield f"{arguments.output}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
+    yield f"{target}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
 
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import unlock_file_in_place
     from deeplock_kernels.checkpoints.streaming import unlock_file
 
     with _key(arguments) as key, _progress(arguments.input, "unlocking") as progress:
-        _spare_key_files(arguments)
-        unlock_file(arguments.input, arguments.output, key, threads=arguments.threads, progress=progress)
-    yield f"{arguments.output}: unlocked"
+        if arguments.in_place:
+            target = arguments.input
+            unlock_file_in_place(target, key, threads=arguments.threads, progress=progress)
+        else:
+            target = arguments.output
+            _spare_key_files(arguments)
+            unlock_file(arguments.input, target, key, threads=arguments.threads, progress=progress)
+    yield f"{target}: unlocked"
+
+
+def _recover(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import recover_file
+
+    with _key(arguments) as key, _progress(arguments.file, "recovering") as progress:
+        header = recover_file(arguments.file, key, undo=arguments.undo, threads=arguments.threads, progress=progress)
+    yield f"{arguments.file}: whole, {'not locked' if header is None else 'locked'}"
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
@@ -423,14 +461,15 @@ def _rewrap_key(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.streaming import read_layout
+    from deeplock_kernels.checkpoints.streaming import opened
     from deeplock_kernels.header import LockHeader
 
-    layout = read_layout(arguments.file)
+    with opened(arguments.file, "path") as model:
+        kind, layout = model.format.name, model.layout
     header = None if layout.header is None else LockHeader.from_json(layout.header)
     nbytes = sum(tensor.nbytes for tensor in layout.tensors.values())
     yield (
-        f"{arguments.file}: {len(layout.tensors)} tensors, {nbytes:,} bytes, "
+        f"{arguments.file}: {kind}, {len(layout.tensors)} tensors, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:
