@@ -33,6 +33,7 @@ _HOMES = {
     "deeplock_kernels.key_wrapping": ("rewrap_key", "unwrap_key", "wrap_key"),
     "deeplock_kernels.keys": ("MasterKey",),
     "deeplock_kernels.locking": ("lock", "substitute", "unlock"),
+    "deeplock_kernels.native": ("native_functions",),
     "deeplock_kernels.passphrases": ("Passphrase",),
     "deeplock_kernels.rekeying": ("rekey", "rekey_tensors"),
     "deeplock_kernels.runtime.pool": ("get_num_threads", "set_num_threads"),
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from deeplock_kernels.locking import lock as lock
     from deeplock_kernels.locking import substitute as substitute
     from deeplock_kernels.locking import unlock as unlock
+    from deeplock_kernels.native import native_functions as native_functions
     from deeplock_kernels.passphrases import Passphrase as Passphrase
     from deeplock_kernels.rekeying import rekey as rekey
     from deeplock_kernels.rekeying import rekey_tensors as rekey_tensors

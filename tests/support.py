@@ -9,6 +9,8 @@ import json
 import mmap
 import os
 import random
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from deeplock_kernels import errors, locking, reference
+from deeplock_kernels import errors, frameworks, locking, reference
 from deeplock_kernels.kernels.signatures import (
     INVERSE_FORMS,
     RCON_START,
@@ -129,6 +131,15 @@ def forget_transforms():
     """Make the package choose pieces and ask for kernels anew."""
     Transform.of.cache_clear()
     locking._latest.clear()
+
+
+def examples_of_frameworks(section, language="python"):
+    """Give the examples of a section of the documentation for other frameworks."""
+    text = (Path(frameworks.__file__).parent / "README.md").read_text()
+    text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    examples = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert examples
+    return examples
 
 
 def kernel_id(value):

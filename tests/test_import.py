@@ -128,8 +128,8 @@ def test_a_type_checker_sees_the_same_names():
 
 FLOORS = [
     {"cli", "demo", "measure", "__main__"},
-    {"frameworks", "checkpoints"},
-    {"rekeying", "tensors", "named_lock", "pieces", "header"},
+    {"frameworks", "checkpoints", "jit"},
+    {"rekeying", "tensors", "named_lock", "pieces", "header", "native"},
     {"locking"},
     {"schedules"},
     {"transform"},
@@ -219,6 +219,8 @@ def test_only_the_self_test_reads_the_oracle_and_the_oracle_reads_nothing():
 @pytest.mark.parametrize("name", list(MODULES))
 def test_compilers_are_imported_by_kernels_or_when_they_are_needed(name):
     found = [(module.partition(".")[0], at_import) for module, _, at_import in imports_of(MODULES[name])]
+    if name in ("jit", "frameworks.xla"):
+        return  # each is imported by who compiles something of their own
     if name.partition(".")[0] not in ("kernels", "simd"):
         assert [root for root, at_import in found if root in COMPILERS and at_import] == []
     if name != "kernels.signatures":
@@ -238,3 +240,22 @@ def test_every_file_is_looked_at():
     assert {"__init__", "locking", "runtime.pool", "runtime", "kernels.portable", "simd.vectors"} <= set(MODULES)
     found = {other for name in INSIDE for other, _, _ in rooms_of(MODULES[name])}
     assert {"errors", "runtime", "transform", "kernels", "sboxes"} <= found
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("None", "JAX is not installed; pip install 'deeplock-kernels[jax]'"),
+        ("types.SimpleNamespace(__version__='0.4.38', __version_info__=(0, 4, 38))", "got JAX 0.4.38, accepted is 0.5 or"),
+    ],
+)
+def test_jax_that_is_absent_or_too_old(module, message):
+    program = f"""
+import sys, types
+sys.modules["jax"] = {module}
+try:
+    import deeplock_kernels.frameworks.jax
+except ImportError as error:
+    print(error)
+"""
+    assert run(program).startswith(f"deeplock_kernels.frameworks.jax: {message}")

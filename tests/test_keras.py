@@ -130,7 +130,9 @@ def test_keras(backend):
     """All at once, since the frameworks take long to import."""
     support.framework("keras")
     support.framework(BACKENDS[backend])
-    program = MODEL + "".join(f"\n{part}\nmodel = made()\n" for part in PARTS.values())
+    example = support.examples_of_frameworks("Keras 3")[0]
+    program = MODEL + "\nown = key, model\n" + example + "\nkey, model = own\n"
+    program += "".join(f"\n{part}\nmodel = made()\n" for part in PARTS.values())
     program += "\nprint(json.dumps(keras.backend.backend()))"
     # Frameworks have warnings of their own.
     quiet = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": 3, "PYTHONWARNINGS": "", "TF_ENABLE_ONEDNN_OPTS": 0}

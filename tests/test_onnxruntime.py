@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import samples
+import support
 
 from deeplock_kernels import lock_file, unlock_file, unlock_to_memory
 from deeplock_kernels.checkpoints import streaming
@@ -51,6 +52,16 @@ def test_a_session_answers_as_that_of_the_plain_model(locked):
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     nonsense = answer(onnxruntime.InferenceSession(target))
     assert not all(np.array_equal(a, b) for a, b in zip(nonsense, expected, strict=True))
+
+
+def test_the_example_of_the_documentation(locked, monkeypatch):
+    plain, target = locked
+    target.rename(target.with_name("locked.onnx"))
+    monkeypatch.chdir(target.parent)
+    namespace = {"key": KEY}
+    for example in support.examples_of_frameworks("ONNX Runtime"):
+        exec(compile(example, "README.md", "exec"), namespace)
+    assert len(answer(namespace["session"])) == len(answer(onnxruntime.InferenceSession(plain)))
 
 
 def test_no_file_is_written(locked, monkeypatch):

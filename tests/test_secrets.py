@@ -476,6 +476,10 @@ MISTAKES = {
     ],
     "rekey_tensors": mistakes_in_rekeying,
     "set_num_threads": lambda key: [lambda: deeplock.set_num_threads(key)],
+    "native_functions": lambda key: [
+        lambda: deeplock.native_functions(key),
+        lambda: deeplock.native_functions()[key],
+    ],
     "substitute": lambda key: [lambda: deeplock.substitute(bytearray(9), key)],
     "tiers": lambda key: [],
     "unlock": lambda key: mistakes_in_bytes(key, deeplock.unlock),

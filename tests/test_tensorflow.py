@@ -126,5 +126,6 @@ refused(TensorNameError, lock_variables, [tf.Variable(1.0, name="a"), tf.Variabl
 def test_tensorflow():
     support.framework("tensorflow")
     environment = {"TF_CPP_MIN_LOG_LEVEL": 3, "TF_ENABLE_ONEDNN_OPTS": 0}
-    program = START + EAGER + GRAPH + VARIABLES + REFUSED + "\nprint('all of it')"
+    examples = "\n".join(support.examples_of_frameworks("TensorFlow"))
+    program = START + EAGER + GRAPH + VARIABLES + REFUSED + examples + "\nprint('all of it')"
     assert Process(program, **environment).finish(errors=None).endswith("all of it\n")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import support
-from processes import ROOT, run
+from processes import run
 from support import refuse
 
 torch = support.framework("torch")
@@ -754,11 +754,9 @@ except errors.MissingLibraryError as error:
 
 
 def test_the_examples_of_the_documentation(tmp_path, monkeypatch):
-    page = ROOT / "deeplock_kernels" / "frameworks" / "README.md"
-    section = page.read_text().partition("\n## PyTorch")[2].partition("\n## ")[0]
-    examples = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    examples = support.examples_of_frameworks("PyTorch")
     assert len(examples) >= 4
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for example in examples:
-        exec(compile(example, str(page), "exec"), namespace)
+        exec(compile(example, "README.md", "exec"), namespace)

@@ -1,0 +1,58 @@
+"""Unlocking inside a function that JAX compiled, beside the direct call of the same size, in place and not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.rounds import Prepare, Rounds, Settings, Work
+from benchmarks.workspace import Spot
+from deeplock_kernels import CounterSchedule, unlock
+
+jax = pytest.importorskip("jax", reason="without JAX there is nothing to measure")
+
+from deeplock_kernels.frameworks import jax as deeplock  # noqa: E402 - which needs it
+
+_KEY, _IV = bytes(range(16)), bytes(16)
+
+
+def _direct(in_place: bool, threads: int) -> Prepare:
+    def prepare(spot: Spot) -> Work:
+        schedule, data = CounterSchedule(_KEY, _IV), spot.data
+        return lambda: unlock(data, schedule, out=data if in_place else None, threads=threads)
+
+    return prepare
+
+
+def _compiled(in_place: bool, threads: int) -> Prepare:
+    def function(array: Any, key: Any, iv: Any) -> Any:
+        return deeplock.unlock(array, (key, iv), in_place=in_place, threads=threads)
+
+    compiled = jax.jit(function, donate_argnums=0 if in_place else ())
+    key, iv = (jax.numpy.asarray(np.frombuffer(data, np.uint8)) for data in (_KEY, _IV))
+
+    def prepare(spot: Spot) -> Work:
+        arrays = [deeplock.lock(spot.data, (_KEY, _IV))]  # in large pages, as what it is compared with
+
+        def work() -> None:
+            result = compiled(arrays[0], key, iv).block_until_ready()
+            if in_place:
+                arrays[0] = result
+
+        return work
+
+    return prepare
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "new_array"])
+def test_compiled_unlock(rounds: Rounds, settings: Settings, threads: int, in_place: bool) -> None:
+    rounds.measure(
+        "jax",
+        _compiled(in_place, threads),
+        {"direct": _direct(in_place, threads)},
+        (1 << 16) if settings.quick else (64 << 20),
+        operation=f"unlock under jit, {'donated' if in_place else 'new array'}",
+        threads=threads,
+    )
