@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +63,21 @@ print(json.dumps({"seconds": seconds, "peak_bytes": peak()}))
 """
 
 
-def _program(body: str) -> str:
+def program(body: str) -> str:
+    """Give a program that runs this, which sets `seconds`, and reports."""
     return _REPORT + body + _END
 
 
-NOTHING = _program("seconds = 0.0")
-IMPORT_NUMPY = _program("import numpy; seconds = 0.0")
-IMPORT_PACKAGE = _program("import deeplock_kernels; seconds = 0.0")
-FIRST_LOCK = _program(_LOCK)
-FIRST_ENCRYPTION = _program(_ENCRYPT)
+NOTHING = program("seconds = 0.0")
+IMPORT_NUMPY = program("import numpy; seconds = 0.0")
+IMPORT_PACKAGE = program("import deeplock_kernels; seconds = 0.0")
+FIRST_LOCK = program(_LOCK)
+FIRST_ENCRYPTION = program(_ENCRYPT)
 
 
 def compilation(tier: str, name: tuple[Any, ...]) -> str:
     """Give the program that compiles one kernel of a tier, with Numba imported before the clock starts."""
-    return _program(_COMPILE.format(tier=tier, name=tuple(name)))
+    return program(_COMPILE.format(tier=tier, name=tuple(name)))
 
 
 def variables(cache: Path | None, *roots: Path) -> dict[str, str]:
@@ -93,8 +95,8 @@ def _path_of_this_process() -> list[str]:
     return [entry for entry in [os.environ.get("PYTHONPATH")] if entry]
 
 
-def run(program: str, environment: dict[str, str], directory: Path) -> dict[str, Any]:
-    """Run a program in a new interpreter and give what it reports: seconds, and peak memory in bytes.
+def run(text: str, environment: dict[str, str], directory: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a program in a new interpreter with arguments, and give what it reports: seconds, and peak memory in bytes.
 
     Raises
     ------
@@ -102,7 +104,7 @@ def run(program: str, environment: dict[str, str], directory: Path) -> dict[str,
         It failed; the message ends with its own last words.
     """
     ended = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=directory, capture_output=True, text=True
+        [sys.executable, "-c", text, *arguments], env=environment, cwd=directory, capture_output=True, text=True
     )
     if ended.returncode != 0:
         raise RuntimeError(

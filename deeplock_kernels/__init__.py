@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "deeplock_kernels.checkpoints.inplace": ("lock_file_in_place", "recover_file", "unlock_file_in_place"),
+    "deeplock_kernels.checkpoints.loading": ("load_file", "open_locked"),
     "deeplock_kernels.checkpoints.sharded": (
         "lock_checkpoint",
         "rekey_checkpoint",
@@ -43,6 +45,11 @@ _HOME_BY_NAME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_BY_NAME)]
 
 if TYPE_CHECKING:
+    from deeplock_kernels.checkpoints.inplace import lock_file_in_place as lock_file_in_place
+    from deeplock_kernels.checkpoints.inplace import recover_file as recover_file
+    from deeplock_kernels.checkpoints.inplace import unlock_file_in_place as unlock_file_in_place
+    from deeplock_kernels.checkpoints.loading import load_file as load_file
+    from deeplock_kernels.checkpoints.loading import open_locked as open_locked
     from deeplock_kernels.checkpoints.sharded import lock_checkpoint as lock_checkpoint
     from deeplock_kernels.checkpoints.sharded import rekey_checkpoint as rekey_checkpoint
     from deeplock_kernels.checkpoints.sharded import unlock_checkpoint as unlock_checkpoint

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -22,6 +23,7 @@ from deeplock_kernels.errors import (
     DeepLockError,
     ExposedKeyWarning,
     FileAccessError,
+    ParameterError,
     SameFileError,
     TamperedError,
     WrongKeyError,
@@ -47,7 +49,8 @@ _UNITS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code."""
-    parsed = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parsed = _parser(in_place=_in_place(words)).parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
@@ -95,7 +98,13 @@ def _say(kind: str, message: object) -> None:
     print(f"deeplock: {kind}: {line}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _in_place(words: Sequence[str]) -> bool:
+    """Say whether a command line has no OUT, which has to be known before it is parsed."""
+    options = itertools.takewhile(lambda word: word != "--", words)
+    return any(len(word) > 2 and "--in-place".startswith(word) for word in options)
+
+
+def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deeplock",
         description="Lock the weights of trained networks: without the key a model loads and computes nonsense.",
@@ -115,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=int, choices=(128, 192, 256), default=256, help="its length (default 256)"
     )
 
-    locker = command("lock", _lock, "lock a safetensors file, or a directory of shards")
-    _add_files(locker)
+    locker = command("lock", _lock, "lock a safetensors, npy, npz, GGUF or ONNX file, or a directory of shards")
+    _add_files(locker, output=not in_place)
+    _add_in_place(locker)
     locker.add_argument(
         "--schedule",
         type=_schedule,
@@ -140,7 +150,15 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out the seals by which unlocking notices altered weights",
     )
 
-    _add_files(command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte"))
+    unlocker = command("unlock", _unlock, "unlock a locked file: the result is the original, byte for byte")
+    _add_files(unlocker, output=not in_place)
+    _add_in_place(unlocker)
+
+    recoverer = command("recover", _recover, "finish a lock or unlock in place that was interrupted, or take it back")
+    recoverer.add_argument("file", metavar="FILE", help="the file; one that is whole stays as it is")
+    recoverer.add_argument("--undo", action="store_true", help="make it what it was, not what it was to become")
+    _add_key(recoverer)
+    _add_threads(recoverer)
 
     rekeyer = command("rekey", _rekey, "lock a locked file anew under another key, without unlocking it")
     _add_files(rekeyer)
@@ -192,9 +210,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN", help="the safetensors file, or the directory of shards, to read")
-    parser.add_argument("output", metavar="OUT", help="what to write; it appears when it is complete")
+def _add_files(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
+    parser.add_argument("input", metavar="IN", help="the file, or the directory of shards, to read")
+    if output:
+        parser.add_argument("output", metavar="OUT", help="what to write; it appears when it is complete")
     _add_key(parser)
     _add_threads(parser)
     _add_workers(parser)
@@ -203,6 +222,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_positive, default=None, metavar="N", help="work on a directory with N processes"
+    )
+
+
+def _add_in_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="change IN itself, without OUT, where the disk has no room for both; slower, see `deeplock recover`",
     )
 
 
@@ -301,7 +328,7 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
 def _at(path: str, arguments: argparse.Namespace) -> Iterator[tuple[str, bool, dict[str, Any]]]:
     """Give the place of a file or checkpoint, whether it is a checkpoint, and the arguments that those have more."""
     from deeplock_kernels.checkpoints.sharded import checkpoint_at
-    from deeplock_kernels.errors import ParameterError, ResumeWarning
+    from deeplock_kernels.errors import ResumeWarning
 
     place = checkpoint_at(path)
     if place is None:
@@ -409,38 +436,37 @@ def _keygen(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _lock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import lock_file_in_place
     from deeplock_kernels.checkpoints.sharded import lock_checkpoint
     from deeplock_kernels.checkpoints.streaming import lock_file
-    from deeplock_kernels.errors import ParameterError
 
+    names = ("schedule", "sbox", "only", "seal", "threads")
+    choices = {name: getattr(arguments, name) for name in names}
     with (
         _key(arguments, twice=True) as key,
         _progress(arguments.input, "locking") as progress,
         _at(arguments.input, arguments) as (place, whole, options),
     ):
-        _spare_key_files(arguments)
         if arguments.exclude and not whole:
             raise ParameterError(f"--exclude: {place} is no directory; accepted for a directory of shards")
         if arguments.exclude:
             options["exclude"] = arguments.exclude
-        header = (lock_checkpoint if whole else lock_file)(
-            place,
-            arguments.output,
-            key,
-            schedule=arguments.schedule,
-            sbox=arguments.sbox,
-            only=arguments.only,
-            seal=arguments.seal,
-            threads=arguments.threads,
-            progress=progress,
-            **options,
-        )
+        if arguments.in_place:
+            target = _one_file(place, whole)
+            header = lock_file_in_place(target, key, **choices, progress=progress)
+        else:
+            target = arguments.output
+            _spare_key_files(arguments)
+            header = (lock_checkpoint if whole else lock_file)(
+                place, target, key, **choices, progress=progress, **options
+            )
     nbytes = sum(record.nbytes for record in header.tensors.values())
     sealed = "locked and sealed" if arguments.seal else "locked, not sealed"
-    yield f"{arguments.output}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
+    yield f"{target}: {len(header.tensors)} tensors {sealed}, {nbytes:,} bytes"
 
 
 def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import unlock_file_in_place
     from deeplock_kernels.checkpoints.sharded import unlock_checkpoint
     from deeplock_kernels.checkpoints.streaming import unlock_file
 
@@ -449,10 +475,29 @@ def _unlock(arguments: argparse.Namespace) -> Iterator[str]:
         _progress(arguments.input, "unlocking") as progress,
         _at(arguments.input, arguments) as (place, whole, options),
     ):
-        _spare_key_files(arguments)
-        unlock = unlock_checkpoint if whole else unlock_file
-        unlock(place, arguments.output, key, threads=arguments.threads, progress=progress, **options)
-    yield f"{arguments.output}: unlocked"
+        if arguments.in_place:
+            target = _one_file(place, whole)
+            unlock_file_in_place(target, key, threads=arguments.threads, progress=progress)
+        else:
+            target = arguments.output
+            _spare_key_files(arguments)
+            unlock = unlock_checkpoint if whole else unlock_file
+            unlock(place, target, key, threads=arguments.threads, progress=progress, **options)
+    yield f"{target}: unlocked"
+
+
+def _one_file(place: str, whole: bool) -> str:
+    if whole:
+        raise ParameterError(f"--in-place: got the directory {place}; accepted is one file; lock each shard by itself")
+    return place
+
+
+def _recover(arguments: argparse.Namespace) -> Iterator[str]:
+    from deeplock_kernels.checkpoints.inplace import recover_file
+
+    with _key(arguments) as key, _progress(arguments.file, "recovering") as progress:
+        header = recover_file(arguments.file, key, undo=arguments.undo, threads=arguments.threads, progress=progress)
+    yield f"{arguments.file}: whole, {'not locked' if header is None else 'locked'}"
 
 
 def _rekey(arguments: argparse.Namespace) -> Iterator[str]:
@@ -505,21 +550,22 @@ def _rewrap_key(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
-    from deeplock_kernels.checkpoints.streaming import read_layout
+    from deeplock_kernels.checkpoints.streaming import opened
     from deeplock_kernels.header import LockHeader
 
     place = checkpoint_at(arguments.file)
     if place is None:
-        layout = read_layout(arguments.file)
+        with opened(arguments.file, "path") as model:
+            kind, layout = model.format.name, model.layout
         tensors, shards = layout.tensors, ""
         header = None if layout.header is None else LockHeader.from_json(layout.header)
     else:
         checkpoint = read_checkpoint(place)
-        tensors, shards = checkpoint.tensors, f" in {len(checkpoint.shards)} shards"
+        kind, tensors, shards = "safetensors", checkpoint.tensors, f" in {len(checkpoint.shards)} shards"
         header = checkpoint.header() if checkpoint.is_locked else None
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     yield (
-        f"{arguments.file}: {len(tensors)} tensors{shards}, {nbytes:,} bytes, "
+        f"{arguments.file}: {kind}, {len(tensors)} tensors{shards}, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:

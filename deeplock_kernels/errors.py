@@ -12,11 +12,13 @@ __all__ = [
     "AlreadyLockedError",
     "BufferLayoutError",
     "BufferTypeError",
+    "ClosedFileError",
     "ContainerError",
     "DeepLockError",
     "ExposedKeyWarning",
     "FileAccessError",
     "HeaderError",
+    "InterruptedLockError",
     "KernelError",
     "KeyFormatError",
     "KeySourceError",
@@ -35,6 +37,7 @@ __all__ = [
     "SizeMismatchError",
     "TamperedError",
     "TamperedHeaderError",
+    "TensorIndexError",
     "TensorNameError",
     "UnknownNameError",
     "UnsupportedTierError",
@@ -118,12 +121,20 @@ class TensorNameError(DeepLockError, KeyError, ValueError):
     __str__ = Exception.__str__
 
 
+class TensorIndexError(DeepLockError, IndexError, ValueError):
+    """What was asked for of a tensor is outside its shape, or no integer, slice, Ellipsis or None."""
+
+
+class ClosedFileError(DeepLockError, ValueError):
+    """A file of open_locked was used after its end: open it again."""
+
+
 class HeaderError(DeepLockError, ValueError):
     """A lock header is malformed or does not fit the tensors it is used with."""
 
 
 class ContainerError(DeepLockError, ValueError):
-    """A file is not a well-formed safetensors file: it is truncated, inconsistent or hostile."""
+    """A file is not a well-formed file of its format, or is one that cannot be locked: the message says why."""
 
 
 class AlreadyLockedError(DeepLockError, ValueError):
@@ -132,6 +143,10 @@ class AlreadyLockedError(DeepLockError, ValueError):
 
 class NotLockedError(DeepLockError, ValueError):
     """The file carries no lock header: there is nothing to unlock."""
+
+
+class InterruptedLockError(DeepLockError, ValueError):
+    """A file is neither old nor new, since a change of it in place was interrupted: recover it first."""
 
 
 class NotSealedError(DeepLockError, ValueError):

@@ -15,17 +15,22 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from deeplock_kernels.errors import FileAccessError, ParameterError, SameFileError
 
 __all__ = [
     "access_error",
     "atomic_output",
+    "begin_flush",
     "check_distinct",
     "check_regular",
     "file_errors",
+    "flush_directory",
     "path_text",
+    "read_at",
+    "reserve",
+    "write_at",
     "write_new",
 ]
 
@@ -221,7 +226,7 @@ def atomic_output(path: str | os.PathLike[str], *, size_hint: int | None = None)
                 with suppress(OSError):
                     os.fchown(descriptor, before.st_uid, before.st_gid)
                 os.fchmod(descriptor, mode)
-            _reserve(descriptor, size)
+            reserve(descriptor, size)
         # The descriptor stays ours: a block that closes its file must not close what is flushed below.
         raw = io.FileIO(descriptor, "r+", closefd=False)
         raw.name = temporary
@@ -249,7 +254,9 @@ def atomic_output(path: str | os.PathLike[str], *, size_hint: int | None = None)
         if descriptor >= 0:
             with suppress(OSError):
                 os.close(descriptor)
-    _flush_directory(directory)
+    # The new file is in place by now, so that an error could undo nothing.
+    with suppress(OSError):
+        flush_directory(directory)
 
 
 def write_new(path: str | os.PathLike[str], content: bytes, mode: int) -> None:
@@ -308,36 +315,67 @@ def _check_space(path: str, directory: str, size: int) -> None:
         raise access_error(path, "written", error, f" ({size} bytes are needed, {free} are free)")
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def reserve(descriptor: int, size: int) -> None:
     """Set blocks aside without changing the file's length, where the file system can.
 
     `os.posix_fallocate` would make the file longer, and writes every block where the file system cannot.
     """
     if not size:
         return
-    import ctypes
-
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    except (OSError, AttributeError):
-        return
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     keep_size = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
-    if fallocate(descriptor, keep_size, 0, size) == 0:
-        return
-    reason = ctypes.get_errno()
+    reason = _system_call("fallocate", descriptor, keep_size, (0, size))
     if reason in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise OSError(reason, os.strerror(reason))
 
 
-def _flush_directory(directory: str) -> None:
-    """Make the rename durable.
+def begin_flush(file: BinaryIO) -> None:
+    """Have the system begin to write a file to its device, and do not wait: then flushing it takes little at the end.
 
-    The new file is in place by now, so an error here could undo nothing: it is left out.
+    Parameters
+    ----------
+    file
+        Open for writing. What is still in its own buffer is not written.
     """
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    to_the_end, write = (0, 0), 2  # SYNC_FILE_RANGE_WRITE of linux/fs.h
+    _system_call("sync_file_range", file.fileno(), to_the_end, write)  # an error is told by the flush at the end
+
+
+def _system_call(name: str, *arguments: int | tuple[int, int]) -> int:
+    """Call a function of the C library with ints and pairs of 64 bits, and give its errno, or 0 where there is none."""
+    import ctypes
+
+    try:
+        function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (OSError, AttributeError):
+        return 0
+    values: list[Any] = []
+    for argument in arguments:
+        values += map(ctypes.c_int64, argument) if isinstance(argument, tuple) else [argument]
+    return ctypes.get_errno() if function(*values) else 0
+
+
+def flush_directory(directory: str) -> None:
+    """Make durable which names there are in a directory."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_at(descriptor: int, position: int, nbytes: int) -> bytearray:
+    """Read bytes of a file; fewer than asked for only where the file ends."""
+    data, done = bytearray(nbytes), 0
+    with memoryview(data) as view:
+        while done < nbytes and (count := os.preadv(descriptor, [view[done:]], position + done)):
+            done += count
+    del data[done:]
+    return data
+
+
+def write_at(descriptor: int, position: int, data: bytes | bytearray) -> None:
+    """Write all of some bytes to a file, however few of them the system takes at once."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(descriptor, rest, position)
+        position, rest = position + written, rest[written:]

@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))  # where `benchmarks` is, however pytest was started
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
-from benchmarks import environment, operations, peers, rounds  # noqa: E402
+from benchmarks import environment, files, operations, peers, rounds  # noqa: E402
 from benchmarks.models import ALIGNMENT, NETWORKS, ONE_TENSOR, flat  # noqa: E402
 from benchmarks.results import Results, Spread, seconds_text, size_text  # noqa: E402
 from benchmarks.workspace import PAGE, Workspace  # noqa: E402
@@ -75,6 +75,17 @@ def test_a_model_has_the_published_parameters_and_the_frameworks_tensors(model):
     shapes = {spec.name: spec.shape for spec in model.tensors}
     assert len(shapes) == entries, "a name occurs twice"
     assert shapes.items() >= KNOWN_TENSORS[model.name].items()
+
+
+def test_files_are_measured(tmp_path, capsys):
+    """Every line of the report on files, of small ones; no process is started for peak memory."""
+    made = files.make(tmp_path, 2, 1 << 16)
+    pairs = [*files.loads(made), *files.rows(made), *files.locks(made)]
+    for pair in pairs:
+        ours, theirs = files.measure(pair._replace(repeats=1), 1)
+        assert len(ours) == len(theirs) == 1
+    assert len({(pair.name, pair.other) for pair in pairs}) == len(pairs) == 7
+    assert (tmp_path / "target").read_bytes() == made.plain.read_bytes()  # the last one was cp
 
 
 def test_all_published_models_are_there_by_size():

@@ -42,7 +42,7 @@ from deeplock_kernels.sboxes import SBOXES, SBox
 from deeplock_kernels.schedules import SCHEDULES
 
 COMMANDS = (
-    *("keygen", "lock", "unlock", "rekey", "verify", "wrap-key", "rewrap-key"),
+    *("keygen", "lock", "unlock", "recover", "rekey", "verify", "wrap-key", "rewrap-key"),
     *("inspect", "tiers", "sboxes", "warmup", "bench", "demo"),
 )
 KEY, OTHER_KEY = KEYS[256], KEYS[256][::-1]
@@ -274,8 +274,9 @@ SOURCES = "--key --key-env --key-command --passphrase --passphrase-file"
 NEW_SOURCES = SOURCES.replace("--", "--new-")
 OPTIONS = {
     "keygen": "KEYFILE --bits",
-    "lock": f"IN OUT {SOURCES} --wrapped-key --threads --schedule --sbox --only --no-seal",
-    "unlock": f"IN OUT {SOURCES} --wrapped-key --threads",
+    "lock": f"IN OUT --in-place {SOURCES} --wrapped-key --threads --schedule --sbox --only --no-seal",
+    "unlock": f"IN OUT --in-place {SOURCES} --wrapped-key --threads",
+    "recover": f"FILE --undo {SOURCES} --wrapped-key --threads",
     "rekey": f"IN OUT {SOURCES} --wrapped-key {NEW_SOURCES} --new-wrapped-key --threads",
     "verify": f"FILE {SOURCES} --wrapped-key --threads",
     "wrap-key": f"WRAPPED {SOURCES} --bits",
@@ -761,7 +762,7 @@ def test_inspect_of_a_plain_file(folder, run):
     code, out, err = run("inspect", "plain")
     assert (code, err) == (0, "")
     first, *rows = out.splitlines()
-    assert first == "plain: 3 tensors, 3,162 bytes, not locked"
+    assert first == "plain: safetensors, 3 tensors, 3,162 bytes, not locked"
     assert [row.split() for row in rows] == [
         ["'a.bias'", "F32", "[40]", "160", "bytes", "plain"],
         ["'b'", "F16", "[]", "2", "bytes", "plain"],
@@ -775,7 +776,7 @@ def test_inspect_of_a_locked_file(folder, run, schedule):
         header = lock_file("plain", "locked", KEY, schedule=schedule, sbox=sbox, only=["a.weight", "b"])
         code, out, err = run("inspect", "locked")
         assert (code, err) == (0, "")
-        assert out.startswith("locked: 3 tensors, 3,162 bytes, locked\nformat deeplock/1, schedule ")
+        assert out.startswith("locked: safetensors, 3 tensors, 3,162 bytes, locked\nformat deeplock/1, schedule ")
         assert f"schedule {schedule}, S-Box {shown}" in out
         assert "key of 256 bits" in out
         assert ("warning: one known block of weights gives away the key" in out) == (schedule == "expansion")
@@ -803,7 +804,7 @@ def test_inspect_shows_names_that_would_move_the_cursor_escaped(folder, run):
 
 def test_inspect_of_no_tensors(folder, run):
     safetensors.numpy.save_file({}, "none")
-    assert run("inspect", "none") == (0, "none: 0 tensors, 0 bytes, not locked\n", "")
+    assert run("inspect", "none") == (0, "none: safetensors, 0 tensors, 0 bytes, not locked\n", "")
 
 
 def test_tiers(run):
@@ -1020,15 +1021,20 @@ def on_a_terminal(*arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "verb", "out"),
-    [(LOCK, "locking", "new: 3 tensors locked and sealed, 3,162 bytes\n"), (UNLOCK, "unlocking", "new: unlocked\n")],
+    [
+        (LOCK, "locking", "new: 3 tensors locked and sealed, 3,162 bytes\n"),
+        (UNLOCK, "unlocking", "new: unlocked\n"),
+        (REKEY, "rekeying", "new: 3 tensors locked under the new key and sealed\n"),
+        ("verify locked --key key", "verifying", "locked: as it was locked, 3 tensors, 3,162 bytes\n"),
+    ],
 )
 def test_progress_is_shown_on_a_terminal_only(folder, arguments, verb, out):
     code, output, shown = on_a_terminal(*arguments.split())
     assert (code, output) == (0, out)
     assert f"{verb}:" in shown
-    assert "%" in shown
+    assert re.search(r"\d%.*\[\d\d:\d\d<[\d:?]+, .*B/s\]", shown), "share, time left and rate"
     assert re.search(r"\r +\r$", shown), "the line is not empty again at the end"
-    os.unlink("new")
+    (folder / "new").unlink(missing_ok=True)
     done = process(*arguments.split())
     assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
 

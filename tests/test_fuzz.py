@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from random import Random
 
+import numpy as np
 import pytest
 import safetensors
 from fuzz import CASES, TARGETS, container, differential, stored, target
 
 from deeplock_kernels import cli, header, locking, reference, tensors
 from deeplock_kernels.checkpoints import streaming as checkpoints
+from deeplock_kernels.checkpoints.formats import gguf, npy, npz, onnx, onnx_skeleton
 from deeplock_kernels.checkpoints.formats import safetensors as format_of_safetensors
 from deeplock_kernels.errors import ContainerError, HeaderError, WrongKeyError
 from deeplock_kernels.header import LockHeader
@@ -30,7 +33,7 @@ def test_every_target_has_cases():
     assert {path.name for path in CASES.iterdir()} == {name for name, _ in ALL} == set(TARGETS)
 
 
-@pytest.mark.parametrize(("name", "count"), [("container", 40), ("header", 40), ("command", 3)])
+@pytest.mark.parametrize(("name", "count"), [("container", 40), ("format", 20), ("header", 40), ("command", 3)])
 def test_mutations_of_the_stored_cases(name, count):
     random, mutants = Random(21), set()
     for path in stored(name):
@@ -130,6 +133,16 @@ BROKEN = [
     ("container", "plain.safetensors", container, "insert_entry", giving(lambda start: start[:-1])),
     ("container", "locked.safetensors", container, "entry", giving(lambda _: None)),
     ("container", "locked.safetensors", container, "read_table", giving(lambda _: None)),
+    ("format", "plain.npy", npy, "_literal", raising(RecursionError())),
+    ("format", "plain.npy", npy, "read_array", raising(ContainerError("file: a\nb"))),
+    ("format", "plain.npy", np.lib.format, "read_array", giving(lambda array: array + 1)),
+    ("format", "plain.npz", npz, "new_end", giving(lambda end: end[:-1] + b"x")),
+    ("format", "plain.npz", npz, "new_member", giving(lambda parts: parts[::-1])),
+    ("format", "plain.gguf", gguf, "_own", giving(lambda own: own + b" ")),
+    ("format", "plain.gguf", gguf, "proof", giving(lambda text: text + secrets.token_hex(4))),
+    ("format", "plain.gguf", gguf, "in_order", giving(lambda found: dict([*found.items()][1:]))),
+    ("format", "locked.onnx", onnx, "metadata_field", giving(lambda field: field[:-1])),
+    ("format", "half-a-number.onnx", onnx_skeleton, "_DATA_NBYTES", lambda _: dict.fromkeys((4, 9, 10), 1)),
     ("header", "nested.json", LockHeader, "from_json", raising(RecursionError())),
     ("header", "nested.json", LockHeader, "from_json", raising(HeaderError("a\nb"))),
     ("header", "counter.json", LockHeader, "to_json", giving(lambda text: f" {text}")),

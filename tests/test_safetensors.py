@@ -730,7 +730,7 @@ from deeplock_kernels.checkpoints.streaming import lock_file, unlock_file
 function, source, target, key, limit, reserve = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 if reserve == "no":
-    files._reserve = lambda descriptor, size: None
+    files.reserve = lambda descriptor, size: None
 try:
     globals()[function](source, target, bytes.fromhex(key))
 except OSError as error:

@@ -24,8 +24,22 @@ import numpy as np
 
 from deeplock_kernels.checkpoints.formats import recognise
 from deeplock_kernels.checkpoints.formats.base import Edit, Format, Layout, TensorEntry
-from deeplock_kernels.errors import AlreadyLockedError, ContainerError, HeaderError, NotLockedError
-from deeplock_kernels.files import atomic_output, check_distinct, check_regular, file_errors, path_text
+from deeplock_kernels.checkpoints.journal import check_whole
+from deeplock_kernels.errors import (
+    AlreadyLockedError,
+    ContainerError,
+    HeaderError,
+    NotLockedError,
+    SameFileError,
+)
+from deeplock_kernels.files import (
+    atomic_output,
+    begin_flush,
+    check_distinct,
+    check_regular,
+    file_errors,
+    path_text,
+)
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.keys import Hidden
 from deeplock_kernels.locking import find_sbox
@@ -39,7 +53,7 @@ from deeplock_kernels.tensors import Selection, select
 Path = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
 WINDOW = 16 << 20  # bytes; a multiple of every system's page size
-_START_BYTES = 64  # by which a format is recognised
+START_BYTES = 64  # by which a format is recognised
 
 
 def lock_file(
@@ -58,7 +72,7 @@ def lock_file(
 
     The new file is a valid file of its format that any software loads, and computes nonsense with. It has one more
     entry, the lock header (in a safetensors file `deeplock` of the metadata); nothing else changes. It takes `dst`'s
-    place when it is complete and on the disk.
+    place when it is complete and on the disk. Data files of an ONNX model come to lie beside `dst`, under their names.
 
     Parameters
     ----------
@@ -101,7 +115,7 @@ def lock_file(
             return lock.prove(seals if seal else None, layout.proved).to_json()
 
         def change(ranges: list[Range]) -> None:
-            lock.lock(ranges, count, seal=seal, then=partial(_add, seals))
+            lock.lock(ranges, count, seal=seal, then=partial(merge_seals, seals))
 
         with lock:
             _write(model, dst, header, change, chosen, progress)
@@ -156,7 +170,7 @@ def unlock_file(
 
         def change(ranges: list[Range]) -> None:
             if verified:
-                _add(seals, lock.unlock_and_seal(ranges, count))
+                merge_seals(seals, lock.unlock_and_seal(ranges, count))
             else:
                 lock.unlock(ranges, count)
 
@@ -218,8 +232,8 @@ def rekey_file(
             return new.prove(seals if seal else None, layout.proved).to_json()
 
         def change(ranges: list[Range]) -> None:
-            _add(old_seals, old.seals([one for one in ranges if old.sealed(one.name)], count))
-            rekey_ranges(old, new, ranges, count, seal=seal, then=partial(_add, seals))
+            merge_seals(old_seals, old.seals([one for one in ranges if old.sealed(one.name)], count))
+            rekey_ranges(old, new, ranges, count, seal=seal, then=partial(merge_seals, seals))
 
         with old, new:
             _write(model, dst, header, change, names, progress, lambda: old.expect(old_seals))
@@ -266,8 +280,8 @@ def verify_file(path: Path, key: Key, *, threads: int | None = None, progress: P
             for file, edits in _replaced(model):
                 for window in windows(_entries(model.layout, file.companion), file.spans(edits)):
                     with mapped(file, window) as source:
-                        ranges = [one for one in parts_in(window, source, source) if one.name in seals]
-                        _add(seals, lock.seals(ranges, count))
+                        ranges = [one for one in ranges_of(window, source, source) if one.name in seals]
+                        merge_seals(seals, lock.seals(ranges, count))
                     if progress is not None:
                         progress(window.end - window.begin)
             lock.expect(seals)
@@ -360,21 +374,35 @@ def opened(path: Path, argument: str = "src") -> Iterator[Model]:
 
     Raises
     ------
+    InterruptedLockError
+        A change of it in place was not finished.
     ContainerError, FileAccessError, ParameterError
         As for `read_layout`.
     """
     text = path_text(path, argument)
+    check_whole(text)
     with ExitStack() as stack:
         main = stack.enter_context(_opened(text, ""))
         with file_errors(text, "read"):
-            start = Hidden(main.file.read(_START_BYTES))  # it may be a key file, by mistake
+            start = Hidden(main.file.read(START_BYTES))  # it may be a key file, by mistake
             main.file.seek(0)
             known = recognise(start)
             layout = known.read(main.file, main.size, text)
         companions = [
             stack.enter_context(_opened(beside(text, companion), companion)) for companion in layout.companions
         ]
+        for file in companions:
+            _check_size(layout, file)
         yield Model(known, layout, (main, *companions))
+
+
+def _check_size(layout: Layout, companion: OpenedFile) -> None:
+    for tensor in _entries(layout, companion.companion):
+        if tensor.stop > companion.size:
+            raise ContainerError(
+                f"{companion.path}: got {companion.size} bytes, accepted are at least {tensor.stop}, where "
+                f"{tensor.name!a} of {layout.source} ends; it is cut short or belongs to another file"
+            )
 
 
 def beside(path: str, companion: str) -> str:
@@ -412,7 +440,8 @@ def _replaced(model: Model) -> Iterator[tuple[OpenedFile, Sequence[Edit]]]:
         yield file, [] if file.companion else edits
 
 
-def _add(seals: Seals, found: Seals) -> None:
+def merge_seals(seals: Seals, found: Seals) -> None:
+    """Bring the seals of more parts of tensors in."""
     for name, seal in found.items():
         seals[name] ^= seal
 
@@ -430,18 +459,19 @@ def _entries(layout: Layout, companion: str) -> list[TensorEntry]:
 
 
 def windows(
-    tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]], size: int | None = None
+    tensors: Iterable[TensorEntry], spans: Iterable[tuple[int, int]], most: int | None = None
 ) -> Iterator[Window]:
-    """Cut ranges of a file; a tensor that goes on in the next window is cut at a block of its seal.
+    """Cut ranges of a file into windows of up to `most` bytes, by default WINDOW.
 
-    A window has at most `size` bytes, by default `WINDOW`. A tensor without bytes is a part of the first window,
-    wherever it lies: it has a seal too.
+    A tensor that goes on in the next window is cut at a block of its seal. A tensor without bytes is a part of the
+    first window, wherever it lies: it has a seal too.
     """
+    most = most or WINDOW
     waiting = deque(tensor for tensor in tensors if tensor.nbytes)
     parts = [(tensor, tensor.start, tensor.start) for tensor in tensors if not tensor.nbytes]
     for begin, stop in spans:
         while begin < stop:
-            end = min(begin + (size or WINDOW), stop)
+            end = min(begin + most, stop)
             while waiting and waiting[0].start < end:
                 tensor = waiting[0]
                 low = max(tensor.start, begin)
@@ -458,7 +488,7 @@ def windows(
         yield Window(0, 0, parts)
 
 
-def parts_in(window: Window, target: int, source: int) -> list[Range]:
+def ranges_of(window: Window, target: int, source: int) -> list[Range]:
     """Give the parts of a window's tensors, whose first bytes lie at these addresses."""
     return [
         Range(tensor.name, target + low - window.begin, source + low - window.begin, high - low, low - tensor.start)
@@ -485,13 +515,13 @@ def _write(
         Is called when all data are written, and may refuse them.
     """
     layout, text = model.layout, path_text(dst, "dst")
+    check_whole(text)
     checksums: Sequence[int] = [0] * len(layout.checksums)
     edits = model.format.edits(layout, header(), checksums)
-    outputs = []
+    outputs, states = [], [_state(file) for file in model.files]
     with ExitStack() as stack:
         for file in model.files:
-            path = beside(text, file.companion) if file.companion else text
-            check_distinct(file.path, path)
+            path = _target(text, file)
             grown = 0 if file.companion else sum(len(edit.data) - (edit.stop - edit.start) for edit in edits)
             # The main file is the first one in, and so the last one to appear.
             outputs.append(stack.enter_context(atomic_output(path, size_hint=file.size + grown)))
@@ -502,12 +532,39 @@ def _write(
             else:
                 checksums = _stream(file, output, tensors, edits, change, set(names), progress, layout.checksums)
         complete()
+        for file, state in zip(model.files, states, strict=True):
+            if _state(file) != state:
+                raise ContainerError(f"{file.path}: it was changed while it was read; nothing was written")
         # Seals, mac and checksums are known only now.
         shift = 0
         for edit in model.format.edits(layout, header(), checksums):
             outputs[0].seek(edit.start + shift)
             outputs[0].write(edit.data)
             shift += len(edit.data) - (edit.stop - edit.start)
+
+
+def _target(dst: str, file: OpenedFile) -> str:
+    """Give the path of a new file, which is neither that of the source nor of another new one."""
+    if not file.companion:
+        check_distinct(file.path, dst)
+        return dst
+    path = beside(dst, file.companion)
+    try:
+        check_distinct(file.path, path)
+        check_distinct(path, dst)
+    except SameFileError:
+        raise SameFileError(
+            f"dst: got {dst}, beside which {file.companion} would take another file's place; accepted is the path of "
+            "a file in another directory; the data files keep their names"
+        ) from None
+    return path
+
+
+def _state(file: OpenedFile) -> tuple[int, int]:
+    """Give what another program changes of a file when it writes to it."""
+    with file_errors(file.path, "read"):
+        status = os.fstat(file.file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _stream(
@@ -530,6 +587,7 @@ def _stream(
             if low < high:
                 sums[i] = zlib.crc32(data[low - window.begin : high - window.begin], sums[i])
         output.write(data)
+        begin_flush(output)
 
     with Behind() as behind:
         for turn, window in enumerate(windows(tensors, file.spans(edits))):
@@ -539,7 +597,7 @@ def _stream(
             behind.wait(1)  # for the window before the last one, whose buffer this is
             target = buffer.ctypes.data
             with mapped(file, window) as source:
-                ranges = [one for one in parts_in(window, target, source) if one.name in chosen]
+                ranges = [one for one in ranges_of(window, target, source) if one.name in chosen]
                 copy_others(ranges, target, source, length)
                 change(ranges)
             behind.run(partial(write, window, buffer[:length].data))
@@ -597,11 +655,11 @@ def mapped(file: OpenedFile, window: Window) -> Iterator[int]:
         if os.fstat(file.file.fileno()).st_size < file.size:
             raise ContainerError(f"{file.path}: it became shorter while it was read; nothing was written")
         try:
-            mapped_bytes = mmap.mmap(file.file.fileno(), window.end - aligned, access=mmap.ACCESS_READ, offset=aligned)
+            memory = mmap.mmap(file.file.fileno(), window.end - aligned, access=mmap.ACCESS_READ, offset=aligned)
         except ValueError:  # it became shorter just now
             raise ContainerError(f"{file.path}: it became shorter while it was read; nothing was written") from None
-    with mapped_bytes:
-        view = np.frombuffer(mapped_bytes, np.uint8)
+    with memory:
+        view = np.frombuffer(memory, np.uint8)
         try:
             yield view.ctypes.data + window.begin - aligned
         finally:

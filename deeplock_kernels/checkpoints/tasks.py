@@ -19,7 +19,14 @@ import numpy as np
 from deeplock_kernels.checkpoints import streaming
 from deeplock_kernels.checkpoints.formats.base import TensorEntry
 from deeplock_kernels.checkpoints.stores import Store
-from deeplock_kernels.checkpoints.streaming import Behind, Progress, copy_others, parts_in, windows
+from deeplock_kernels.checkpoints.streaming import (
+    Behind,
+    Progress,
+    copy_others,
+    merge_seals,
+    ranges_of,
+    windows,
+)
 from deeplock_kernels.errors import ContainerError
 from deeplock_kernels.files import file_errors
 from deeplock_kernels.keys import TensorKeys
@@ -143,11 +150,11 @@ def run(task: Task, progress: Progress = None) -> Outcome:
             with source.window(window) as address:
                 length = window.end - window.begin
                 if not buffers:
-                    change(parts_in(window, address, address))
+                    change(ranges_of(window, address, address))
                 else:
                     buffer = buffers[turn % 2]
                     behind.wait(1)  # for the window before the last one, whose buffer this is
-                    ranges = parts_in(window, buffer.ctypes.data, address)
+                    ranges = ranges_of(window, buffer.ctypes.data, address)
                     if task.target is not None:
                         copy_others(ranges, buffer.ctypes.data, address, length)
                     change(ranges)
@@ -179,25 +186,21 @@ def _change(task: Task, seals: Seals, old_seals: Seals) -> Iterator[Callable[[li
 
         def change(ranges: list[Range]) -> None:
             if task.kind == "seal":
-                _add(seals, lock.seals(sealed(ranges), task.threads))
+                merge_seals(seals, lock.seals(sealed(ranges), task.threads))
             elif task.kind == "lock":
-                lock.lock(ranges, task.threads, seal=bool(task.sealed), then=partial(_add, seals))
+                lock.lock(ranges, task.threads, seal=bool(task.sealed), then=partial(merge_seals, seals))
             elif task.kind == "unlock":
                 if task.sealed:
-                    _add(seals, lock.unlock_and_seal(ranges, task.threads))
+                    merge_seals(seals, lock.unlock_and_seal(ranges, task.threads))
                 else:
                     lock.unlock(ranges, task.threads)
             else:
                 assert old is not None
-                _add(old_seals, old.seals(sealed(ranges), task.threads))
-                rekey_ranges(old, lock, ranges, task.threads, seal=True, then=partial(_add, seals))
+                merge_seals(old_seals, old.seals(sealed(ranges), task.threads))
+                rekey_ranges(old, lock, ranges, task.threads, seal=True, then=partial(merge_seals, seals))
 
         yield change
 
-
-def _add(seals: Seals, found: Seals) -> None:
-    for name, seal in found.items():
-        seals[name] ^= seal
 
 
 @contextmanager

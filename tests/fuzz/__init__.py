@@ -4,6 +4,7 @@
 is found becomes a case there, under a name that says what it is about.
 
 - `container`: the parser of the safetensors table, beside that of the safetensors library; the lock header in it and out
+- `format`: the readers of the other formats, beside each format's library; the lock header in them and out
 - `header`: the reader of the lock header
 - `command`: command lines, and the files that they are about
 - `differential`: every tier beside the others and the oracle
@@ -15,7 +16,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-TARGETS = ("container", "header", "command", "differential")
+TARGETS = ("container", "format", "header", "command", "differential")
 CASES = Path(__file__).parent / "cases"
 
 

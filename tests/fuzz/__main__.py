@@ -4,7 +4,7 @@
 to 3.13 on x86-64), which begins with the stored cases. After so many seconds the exit code is 0; at the first finding it
 is another one, and the case lies in `tests/fuzz/found/`. An hour for each target:
 
-    for target in container header command differential; do python -m tests.fuzz $target --seconds 3600; done
+    for target in container format header command differential; do python -m tests.fuzz $target --seconds 3600; done
 """
 
 from __future__ import annotations

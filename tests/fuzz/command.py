@@ -32,11 +32,12 @@ from deeplock_kernels.key_wrapping import wrap_key
 from deeplock_kernels.keys import MasterKey
 
 COMMANDS = [
-    "keygen", "lock", "unlock", "verify", "wrap-key", "rewrap-key", "inspect", "tiers", "sboxes", "bench", "warmup", "demo",
+    "keygen", "lock", "unlock", "recover", "verify", "wrap-key", "rewrap-key",
+    "inspect", "tiers", "sboxes", "bench", "warmup", "demo",
 ]  # fmt: skip
 OPTIONS = [
     "--key", "--threads", "--schedule", "--sbox", "--only", "--bits", "--size", "--rounds",
-    "--tier", "--into", "--no-seal", "--quick", "--help", "--version", "--",
+    "--tier", "--into", "--in-place", "--undo", "--no-seal", "--quick", "--help", "--version", "--",
     "--key-env", "--passphrase-file", "--wrapped-key", "--new-key",
 ]  # fmt: skip
 NAMES = [
@@ -102,7 +103,7 @@ def _check_done(
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     try:
         with redirect_stdout(io.StringIO()):
-            parsed = _parser().parse_args(arguments)
+            parsed = _parser(in_place=cli._in_place(arguments)).parse_args(arguments)
     except SystemExit:  # help, or the version
         assert not changed
         return
@@ -113,7 +114,8 @@ def _check_done(
         assert not changed
         assert command != "_verify" or folder.real(parsed.file) in SEALED
         return
-    target = folder.real(getattr(parsed, written))
+    path = parsed.input if getattr(parsed, "in_place", False) else getattr(parsed, written)
+    target = folder.real(path)
     assert changed <= {target}
     sources = {name: getattr(parsed, name, None) for name in ("key", "key_env", "passphrase_file", "wrapped_key")}
     sources = {name: value for name, value in sources.items() if value is not None}
@@ -125,7 +127,7 @@ def _check_done(
         assert len(after[target]) == parsed.bits // 4 + 1
     elif command == "_lock":
         key = [f"--{name.replace('_', '-')}={value}" for name, value in sources.items()]
-        code, _, err = folder.run(["unlock", *key, "--", parsed.output, "unlocked again"])
+        code, _, err = folder.run(["unlock", *key, "--", path, "unlocked again"])
         assert code == cli.DONE, err
         assert folder.content()["unlocked again"] == before[folder.real(parsed.input)]
     elif command in ("_wrap_key", "_rewrap_key"):
@@ -220,10 +222,10 @@ def _content(path: Path) -> bytes:
 
 
 @functools.cache
-def _parser() -> argparse.ArgumentParser:
-    """Give the parser of command lines, made once since that takes longer than its use."""
+def _parser(*, in_place: bool) -> argparse.ArgumentParser:
+    """Give a parser of command lines, made once since that takes longer than its use."""
     with mock.patch.multiple(cli, **dict.fromkeys(("_bench", "_demo", "_warmup"), _nothing)):
-        return _new_parser()
+        return _new_parser(in_place=in_place)
 
 
 def _nothing(_arguments: object) -> Iterator[str]:
