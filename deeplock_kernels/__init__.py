@@ -24,6 +24,7 @@ _HOMES = {
         "read_header",
         "rekey_file",
         "unlock_file",
+        "unlock_to_memory",
         "verify_file",
     ),
     "deeplock_kernels.errors": ("DeepLockError", "TamperedError", "TamperedHeaderError", "WrongKeyError"),
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from deeplock_kernels.checkpoints.streaming import read_header as read_header
     from deeplock_kernels.checkpoints.streaming import rekey_file as rekey_file
     from deeplock_kernels.checkpoints.streaming import unlock_file as unlock_file
+    from deeplock_kernels.checkpoints.streaming import unlock_to_memory as unlock_to_memory
     from deeplock_kernels.checkpoints.streaming import verify_file as verify_file
     from deeplock_kernels.errors import DeepLockError as DeepLockError
     from deeplock_kernels.errors import TamperedError as TamperedError

@@ -148,19 +148,37 @@ def _array_memory(array: Any, argument: str, writable: bool) -> Memory:
 
 
 def _tensor_memory(tensor: Any, argument: str, writable: bool) -> Memory:
-    if tensor.device.type != "cpu":
+    torch = sys.modules["torch"]
+    if torch.nn.parameter.is_lazy(tensor):
+        raise BufferTypeError(f"{argument}: got a parameter without a shape; run its module once, so that it gets one")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise BufferTypeError(
+            f"{argument}: got a {type(tensor).__name__}, which may have no memory of its own, accepted are plain "
+            "tensors; take what it is made of, as with .to_local()"
+        )
+    if not tensor.is_cpu:
         raise BufferTypeError(
             f"{argument}: got a tensor on device {tensor.device}, accepted are CPU tensors; call .cpu()"
         )
-    if str(tensor.layout) != "torch.strided" or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         raise BufferTypeError(
-            f"{argument}: got a tensor with a layout of its own, accepted are plain strided tensors"
+            f"{argument}: got a tensor with a layout of its own, accepted are plain strided tensors; "
+            "call .to_dense(), .int_repr(), .resolve_conj() or .resolve_neg()"
         )
     if not tensor.is_contiguous():
-        raise BufferLayoutError(f"{argument}: got a tensor with strides {tensor.stride()}, {_CONTIGUOUS}")
-    if writable and (tensor.is_inference() and not sys.modules["torch"].is_inference_mode_enabled()):
+        raise BufferLayoutError(
+            f"{argument}: got a tensor with strides {tensor.stride()}, accepted is one contiguous block in C order; "
+            "call .contiguous()"
+        )
+    if writable and (tensor.is_inference() and not torch.is_inference_mode_enabled()):
         raise _read_only(argument, "inference tensor")
-    return Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor)
+    try:
+        return Memory(tensor.data_ptr(), tensor.nbytes, tensor)
+    except RuntimeError:
+        raise BufferTypeError(
+            f"{argument}: got a tensor inside a transformation (vmap, grad), which has no memory; "
+            "lock and unlock outside of it"
+        ) from None
 
 
 def extent(data: object, argument: str = "data") -> Memory:

@@ -24,6 +24,7 @@ __all__ = [
     "KeySourceError",
     "KeyTypeError",
     "KeyWipedError",
+    "LayerError",
     "MissingLibraryError",
     "NotLockedError",
     "NotSealedError",
@@ -175,6 +176,10 @@ class SelfTestError(DeepLockError, RuntimeError):
 
 class KernelError(DeepLockError, RuntimeError):
     """A kernel could not be compiled or loaded."""
+
+
+class LayerError(DeepLockError, RuntimeError):
+    """A locked tensor of a model is used while the layer that owns it does not run: see the message for a way."""
 
 
 class MissingLibraryError(DeepLockError, ImportError):

@@ -551,7 +551,7 @@ def test_a_wiped_schedule_changes_nothing(operation, make):
 
 @pytest.fixture
 def torch():
-    return pytest.importorskip("torch")
+    return support.framework("torch")
 
 
 def tensor_bytes(torch, tensor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import io
 import mmap
 import os
 import zlib
@@ -118,7 +119,7 @@ def lock_file(
             lock.lock(ranges, count, seal=seal, then=partial(merge_seals, seals))
 
         with lock:
-            _write(model, dst, header, change, chosen, progress)
+            _write(model, _new_files(dst), header, change, chosen, progress)
     return lock.header
 
 
@@ -160,26 +161,89 @@ def unlock_file(
     count = resolve_threads(threads)
     check_distinct(src, dst)
     with opened(src) as model:
-        found = header_of(model.layout)
-        lock = NamedLock.from_header(key, found, check=check, sbox=sbox)
-        verified = check and seal and any(lock.sealed(name) for name in found.tensors)
-        seals = dict.fromkeys(found.tensors, 0)
+        _unlock(model, _new_files(dst), key, check, seal, sbox, count, progress)
 
-        def header() -> None:
-            return None
 
-        def change(ranges: list[Range]) -> None:
-            if verified:
-                merge_seals(seals, lock.unlock_and_seal(ranges, count))
-            else:
-                lock.unlock(ranges, count)
+def unlock_to_memory(
+    path: Path,
+    key: Key,
+    *,
+    check: bool = True,
+    seal: bool = True,
+    sbox: SBox | None = None,
+    threads: int | None = None,
+    progress: Progress = None,
+) -> dict[str, bytes]:
+    """Unlock a file of any format into memory, for software that takes a model's bytes: no plain bytes on the disk.
 
-        def complete() -> None:
-            if verified:
-                lock.expect(seals)
+    Parameters
+    ----------
+    path
+        A locked file; it is only read.
+    key, check, seal, sbox, threads, progress
+        As for `unlock_file`.
 
-        with lock:
-            _write(model, dst, header, change, found.tensors, progress, complete)
+    Returns
+    -------
+    dict
+        What `unlock_file` would write: the file under "", and files that belong to it under their relative paths.
+
+    Raises
+    ------
+    WrongKeyError, TamperedHeaderError, TamperedError, NotLockedError, ContainerError, HeaderError
+        As for `unlock_file`; whatever was unlocked is zeros.
+    FileAccessError, KeyTypeError, KeyFormatError, SBoxError, ParameterError
+        As for `unlock_file`.
+    """
+    count = resolve_threads(threads)
+    outputs: list[io.BytesIO] = []
+
+    def in_memory(_stack: ExitStack, sizes: Sequence[tuple[OpenedFile, int]]) -> list[BinaryIO]:
+        outputs.extend(io.BytesIO() for _ in sizes)
+        return [*outputs]
+
+    with opened(path, "path") as model:
+        try:
+            _unlock(model, in_memory, key, check, seal, sbox, count, progress)
+        except BaseException:
+            for output in outputs:
+                with output.getbuffer() as memory:
+                    memory[:] = bytes(len(memory))
+            raise
+        names = [file.companion for file in model.files]
+    return {name: output.getvalue() for name, output in zip(names, outputs, strict=True)}
+
+
+def _unlock(
+    model: Model,
+    outputs: Outputs,
+    key: Key,
+    check: bool,
+    seal: bool,
+    sbox: SBox | None,
+    count: int,
+    progress: Progress,
+) -> None:
+    found = header_of(model.layout)
+    lock = NamedLock.from_header(key, found, check=check, sbox=sbox)
+    verified = check and seal and any(lock.sealed(name) for name in found.tensors)
+    seals = dict.fromkeys(found.tensors, 0)
+
+    def header() -> None:
+        return None
+
+    def change(ranges: list[Range]) -> None:
+        if verified:
+            merge_seals(seals, lock.unlock_and_seal(ranges, count))
+        else:
+            lock.unlock(ranges, count)
+
+    def complete() -> None:
+        if verified:
+            lock.expect(seals)
+
+    with lock:
+        _write(model, outputs, header, change, found.tensors, progress, complete)
 
 
 def rekey_file(
@@ -236,7 +300,7 @@ def rekey_file(
             rekey_ranges(old, new, ranges, count, seal=seal, then=partial(merge_seals, seals))
 
         with old, new:
-            _write(model, dst, header, change, names, progress, lambda: old.expect(old_seals))
+            _write(model, _new_files(dst), header, change, names, progress, lambda: old.expect(old_seals))
     return new.header
 
 
@@ -366,6 +430,9 @@ class Model(NamedTuple):
     format: Format
     layout: Layout
     files: tuple[OpenedFile, ...]
+
+
+Outputs = Callable[[ExitStack, Sequence[tuple[OpenedFile, int]]], list[BinaryIO]]
 
 
 @contextmanager
@@ -498,7 +565,7 @@ def ranges_of(window: Window, target: int, source: int) -> list[Range]:
 
 def _write(
     model: Model,
-    dst: Path,
+    open_outputs: Outputs,
     header: Callable[[], str | None],
     change: Callable[[list[Range]], None],
     names: Collection[str],
@@ -509,22 +576,21 @@ def _write(
 
     Parameters
     ----------
+    open_outputs
+        Opens what is written, given the files and the sizes that the new ones will have.
     header
         Gives its lock header, which is as long at the end as at the start.
     complete
         Is called when all data are written, and may refuse them.
     """
-    layout, text = model.layout, path_text(dst, "dst")
-    check_whole(text)
+    layout = model.layout
     checksums: Sequence[int] = [0] * len(layout.checksums)
     edits = model.format.edits(layout, header(), checksums)
-    outputs, states = [], [_state(file) for file in model.files]
+    states = [_state(file) for file in model.files]
+    grown = sum(len(edit.data) - (edit.stop - edit.start) for edit in edits)
     with ExitStack() as stack:
-        for file in model.files:
-            path = _target(text, file)
-            grown = 0 if file.companion else sum(len(edit.data) - (edit.stop - edit.start) for edit in edits)
-            # The main file is the first one in, and so the last one to appear.
-            outputs.append(stack.enter_context(atomic_output(path, size_hint=file.size + grown)))
+        sizes = [(file, file.size + (0 if file.companion else grown)) for file in model.files]
+        outputs = open_outputs(stack, sizes)
         for output, file in zip(outputs, model.files, strict=True):
             tensors = _entries(layout, file.companion)
             if file.companion:
@@ -541,6 +607,18 @@ def _write(
             outputs[0].seek(edit.start + shift)
             outputs[0].write(edit.data)
             shift += len(edit.data) - (edit.stop - edit.start)
+
+
+def _new_files(dst: Path) -> Outputs:
+    """Give what opens new files that appear when all is done."""
+
+    def outputs(stack: ExitStack, sizes: Sequence[tuple[OpenedFile, int]]) -> list[BinaryIO]:
+        text = path_text(dst, "dst")
+        check_whole(text)
+        # The main file is the first one in, and so the last one to appear.
+        return [stack.enter_context(atomic_output(_target(text, file), size_hint=size)) for file, size in sizes]
+
+    return outputs
 
 
 def _target(dst: str, file: OpenedFile) -> str:
@@ -587,7 +665,8 @@ def _stream(
             if low < high:
                 sums[i] = zlib.crc32(data[low - window.begin : high - window.begin], sums[i])
         output.write(data)
-        begin_flush(output)
+        if not isinstance(output, io.BytesIO):
+            begin_flush(output)
 
     with Behind() as behind:
         for turn, window in enumerate(windows(tensors, file.spans(edits))):

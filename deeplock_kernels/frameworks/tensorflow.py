@@ -157,7 +157,7 @@ def _transformed(direction: str, tensor: Any, key: Any, iv: Any, sbox: SBox | st
         finally:
             schedule.wipe()
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    @tf.custom_gradient
     def apply(tensor: Any, key: Any, iv: Any) -> Any:
         if tf.executing_eagerly():
             result = tf.convert_to_tensor(run(tensor.numpy(), key.numpy(), iv.numpy()), dtype)

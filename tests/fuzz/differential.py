@@ -29,6 +29,7 @@ from deeplock_kernels.schedules import CounterSchedule, ExpansionSchedule
 LARGEST = 1_200_000  # bytes, several groups of the expansion's segments
 SHORT = 600  # bytes up to which the oracle computes everything; of more, a few ranges
 REACH = 20_000  # bytes up to which the oracle follows the expansion, which it has to from the start
+FAR = 1 << 28  # bytes of a key stream, up to which the expansion can be run
 SEGMENTS_PER_BLOCK = 1024  # in which the expansion keeps its states
 MARGIN = 192  # bytes around the memory, in which nothing may change
 
@@ -60,6 +61,8 @@ class Case:
         """Give the schedule to rekey to and the length of its key in bits: half of the time those of the case."""
         random = Random(self.seed + 2)
         other = random.choice(["counter", "expansion"]), random.choice([128, 192, 256])
+        if self.offset > FAR:
+            other = "counter", other[1]
         return random.choice([(self.schedule, self.bits), other])
 
     @cached_property
