@@ -124,19 +124,25 @@ def test_threads(plain, tmp_path):
 
 
 def test_a_task_that_fails_ends_the_run_and_the_next_one_continues_it(plain, tmp_path, monkeypatch):
-    original, threads = tasks.run, set()
+    original, threads, ended, later = tasks.run, set(), threading.Event(), []
 
     def run(task):
         threads.add(threading.get_ident())
+        if ended.is_set() or later:
+            later.append(task)
         if task.name == shard_name(1, SHARDS):
+            later.append(task)
             raise OSError(5, "broken")
+        assert not later or ended.wait(20)
         return original(task)
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as executor:
         patched.setattr(tasks, "run", run)
         with pytest.raises(OSError, match="broken"):
             lock_checkpoint(plain, tmp_path / "locked", KEY, executor=executor)
+        ended.set()
     assert threading.get_ident() not in threads
+    assert {task.name for task in later[:-1]} <= {shard_name(1, SHARDS)}  # the others were not begun any more
     left = snapshot(tmp_path / "locked")
     assert {shard_name(0, SHARDS), RUN_FILE} <= left.keys()
     assert not {shard_name(1, SHARDS), INDEX} & left.keys()

@@ -139,7 +139,7 @@ def test_a_source_in_a_store_that_changes(plain, tmp_path, url, monkeypatch):
     for name, data in snapshot(plain).items():
         with fsspec.open(f"{url}/{name}", "wb") as file:
             file.write(data)
-    original, calls = tasks.parts_in, []
+    original, calls = tasks.ranges_of, []
 
     def change(*arguments):
         if not calls:
@@ -149,7 +149,7 @@ def test_a_source_in_a_store_that_changes(plain, tmp_path, url, monkeypatch):
         return original(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tasks, "parts_in", change)
+        patched.setattr(tasks, "ranges_of", change)
         with pytest.raises(ContainerError, match="it changed while it was read"):
             lock_checkpoint(url, tmp_path / "locked", KEY)
     assert FIRST not in snapshot(tmp_path / "locked")

@@ -146,7 +146,8 @@ def _check_counter_past_cache(name: KernelName, function: Callable[..., None]) -
 def _check_seal_keys(_name: KernelName, function: Callable[..., None]) -> bool:
     # What else they are made of shows when something is sealed with them.
     made = ctypes.create_string_buffer(2 * SEAL_KEYS_BYTES + 1)
-    function(ctypes.addressof(made), _address(_KEY + _KEY[::-1]), 2, _RCON)
+    both = _KEY + _KEY[::-1]
+    function(ctypes.addressof(made), _address(both), 2, _RCON)
     masks = [reference.encrypt_block(key, bytes(15) + b"\1") for key in (_KEY, _KEY[::-1])]
     return all(mask in made.raw[i * SEAL_KEYS_BYTES :] for i, mask in enumerate(masks)) and made.raw[-1] == 0
 
