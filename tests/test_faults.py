@@ -297,7 +297,7 @@ def test_a_source_that_is_changed_meanwhile(folder, monkeypatch, stream, target)
     source = folder / STREAMS[stream][1]
     raw = source.read_bytes()
     before = snapshot(folder)
-    original = streaming._copy_others
+    original = streaming.copy_others
     turns = []
 
     def change(*arguments):
@@ -307,7 +307,7 @@ def test_a_source_that_is_changed_meanwhile(folder, monkeypatch, stream, target)
             source.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "_copy_others", change)
+        patch.setattr(streaming, "copy_others", change)
         error = ContainerError if stream == "lock" else TamperedError  # seals notice it as well
         with pytest.raises(error, match="changed while it was read" if stream == "lock" else None):
             run(folder, stream, target)
@@ -318,14 +318,14 @@ def test_a_source_that_is_changed_meanwhile(folder, monkeypatch, stream, target)
 def test_a_source_that_is_replaced_meanwhile(folder, monkeypatch):
     """What is open stays what it was."""
     before = (folder / "locked").read_bytes()
-    original = streaming._copy_others
+    original = streaming.copy_others
 
     def replace(*arguments):
         original(*arguments)
         (folder / "other").write_bytes(b"another file")
         os.replace(folder / "other", folder / "locked")
 
-    monkeypatch.setattr(streaming, "_copy_others", replace)
+    monkeypatch.setattr(streaming, "copy_others", replace)
     unlock_file(folder / "locked", folder / "new", KEY)
     check_new(folder, "unlock", "new")
     assert before != (folder / "locked").read_bytes() == b"another file"
