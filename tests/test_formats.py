@@ -31,6 +31,7 @@ from deeplock_kernels import cli
 from deeplock_kernels.checkpoints import streaming
 from deeplock_kernels.checkpoints.formats import FORMATS, onnx_skeleton, zip_directory
 from deeplock_kernels.checkpoints.formats import gguf as gguf_format
+from deeplock_kernels.checkpoints.inplace import lock_file_in_place, unlock_file_in_place
 from deeplock_kernels.checkpoints.streaming import (
     data_bytes,
     lock_file,
@@ -77,15 +78,20 @@ def locked_one(folders, file, **keywords):
     return plain, locked
 
 
+def one_salt(monkeypatch):
+    """Let every lock draw the same salt."""
+    monkeypatch.setattr(secrets, "token_bytes", lambda count: bytes(range(50, 50 + count)))
+    names = itertools.count()
+    monkeypatch.setattr(secrets, "token_hex", lambda _: f"{next(names)}")  # of files that are being written
+
+
 # Laws
 
 
 @pytest.mark.parametrize("window", [17, 1000, streaming.WINDOW])
 @every_file
 def test_a_file_is_locked_and_comes_back(folders, monkeypatch, file, window):
-    monkeypatch.setattr(secrets, "token_bytes", lambda count: bytes(range(50, 50 + count)))
-    names = itertools.count()
-    monkeypatch.setattr(secrets, "token_hex", lambda _: f"{next(names)}")  # of files that are being written
+    one_salt(monkeypatch)
     monkeypatch.setattr(streaming, "WINDOW", window)
     steps: list[int] = []
     plain, locked = locked_one(folders, file, progress=steps.append)
@@ -117,6 +123,22 @@ def test_under_another_key(folders, file):
     unlock_file(other / plain.name, folders[2] / plain.name, OTHER_KEY)
     shutil.rmtree(other)
     assert contents(folders[2]) == contents(folders[0])
+
+
+@every_file
+def test_in_place(folders, monkeypatch, file):
+    one_salt(monkeypatch)
+    plain, locked = locked_one(folders, file)
+    before = contents(folders[0])
+    if len(before) > 1:
+        with pytest.raises(ContainerError, match="accepted"):
+            lock_file_in_place(plain, KEY)
+        assert contents(folders[0]) == before
+        return
+    lock_file_in_place(plain, KEY)
+    assert contents(folders[0]) == contents(folders[1])
+    unlock_file_in_place(plain, KEY)
+    assert contents(folders[0]) == before
 
 
 @pytest.mark.parametrize("file", ["npz", "gguf", "onnx", "onnx, external data"])

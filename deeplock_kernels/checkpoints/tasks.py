@@ -202,7 +202,6 @@ def _change(task: Task, seals: Seals, old_seals: Seals) -> Iterator[Callable[[li
         yield change
 
 
-
 @contextmanager
 def _writing(task: Task) -> Iterator[Callable[[int, memoryview], object]]:
     """Give what writes bytes, given where they lie in the source."""
