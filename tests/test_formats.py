@@ -128,7 +128,7 @@ def test_under_another_key(folders, file):
 @every_file
 def test_in_place(folders, monkeypatch, file):
     one_salt(monkeypatch)
-    plain, locked = locked_one(folders, file)
+    plain, _locked = locked_one(folders, file)
     before = contents(folders[0])
     if len(before) > 1:
         with pytest.raises(ContainerError, match="accepted"):
