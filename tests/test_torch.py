@@ -11,13 +11,13 @@ import threading
 
 import numpy as np
 import pytest
-import safetensors.torch
 import support
 from processes import run
 from support import refuse
 
 torch = support.framework("torch")
 
+import safetensors.torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import deeplock_kernels  # noqa: E402
