@@ -15,7 +15,8 @@ import secrets
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,8 @@ def loads(files: Files) -> list[Pair]:
     ]
 
 
-def rows(files: Files) -> list[Pair]:
+@contextmanager
+def rows(files: Files) -> Iterator[list[Pair]]:
     """Load single rows in random order, from a file that is open and from one that is opened for it."""
     places = random.Random(1)
 
@@ -130,18 +132,18 @@ def rows(files: Files) -> list[Pair]:
         with safetensors.safe_open(files.plain, "np") as file:
             return file.get_slice(ROW_TENSOR)[places.randrange(count)]
 
-    open_plain = safetensors.safe_open(files.plain, "np")
-    mine, other = open_locked(files.locked, KEY).get_slice(ROW_TENSOR), open_plain.get_slice(ROW_TENSOR)
-    return [
-        Pair(
-            "a row of an open file",
-            "the same of safe_open",
-            lambda: mine[places.randrange(count)],
-            lambda: other[places.randrange(count)],
-            repeats=500,
-        ),
-        Pair("a row, with opening the file", "the same of safe_open", ours, theirs, repeats=50),
-    ]
+    with open_locked(files.locked, KEY) as locked, safetensors.safe_open(files.plain, "np") as plain:
+        mine, other = locked.get_slice(ROW_TENSOR), plain.get_slice(ROW_TENSOR)
+        yield [
+            Pair(
+                "a row of an open file",
+                "the same of safe_open",
+                lambda: mine[places.randrange(count)],
+                lambda: other[places.randrange(count)],
+                repeats=500,
+            ),
+            Pair("a row, with opening the file", "the same of safe_open", ours, theirs, repeats=50),
+        ]
 
 
 def locks(files: Files) -> list[Pair]:
@@ -222,14 +224,15 @@ def report(files: Files, rounds: int) -> str:
         "| ours | beside | ours takes | theirs takes | ours / theirs: median [lowest to highest] |",
         "| :-- | :-- | --: | --: | --: |",
     ]
-    for pair in [*loads(files), *rows(files), *locks(files)]:
-        ours, theirs = measure(pair, rounds)
-        ratio = Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)])
-        times = [seconds_text(Spread.of(seconds).middle) for seconds in (ours, theirs)]
-        lines.append(
-            f"| {pair.name} | {pair.other} | {times[0]} | {times[1]} | "
-            f"{ratio.middle:.2f} [{ratio.low:.2f} to {ratio.high:.2f}] |"
-        )
+    with rows(files) as of_rows:
+        for pair in [*loads(files), *of_rows, *locks(files)]:
+            ours, theirs = measure(pair, rounds)
+            ratio = Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)])
+            times = [seconds_text(Spread.of(seconds).middle) for seconds in (ours, theirs)]
+            lines.append(
+                f"| {pair.name} | {pair.other} | {times[0]} | {times[1]} | "
+                f"{ratio.middle:.2f} [{ratio.low:.2f} to {ratio.high:.2f}] |"
+            )
     lines += ["", "| peak memory of a process, beyond its imports | |", "| :-- | --: |"]
     lines += [f"| {name} | {size_text(nbytes)} |" for name, nbytes in peaks(files).items()]
     return "\n".join(lines)

@@ -53,7 +53,7 @@ def test_oracle_is_short_and_stands_alone():
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "a relative import is an import of the package"
             imported.add(node.module)
-    assert imported == {"__future__", "hashlib", "hmac", "json", "typing"}
+    assert imported == {"__future__", "hashlib", "hmac", "json", "typing", "unicodedata"}
 
 
 # The AES S-Box and the bytes

@@ -12,6 +12,7 @@ import pickle
 import pprint
 import random
 import reprlib
+import shutil
 import string
 import sys
 import threading
@@ -269,6 +270,18 @@ def mistakes_in_files(key, operation, source):
     yield lambda: operation(source, "new", key, threads=0)
 
 
+def mistakes_in_directories(key, operation):
+    yield lambda: operation("locked directory", "new", OTHER)
+    yield lambda: operation("plain directory", "new", key)
+    yield lambda: operation("altered directory", "new", key)
+    yield lambda: operation("locked", "new", key)
+    yield lambda: operation("plain directory", "plain directory", key)
+    yield lambda: operation("locked directory", "no/directory", "text")
+    yield lambda: operation("locked directory", "new", key, threads=0)
+    yield lambda: operation("locked directory", "new", key, executor=key)
+    yield lambda: operation(key, "new", "locked directory")
+
+
 def mistakes_in_bytes(key, operation):
     schedule = deeplock.CounterSchedule(key, IV)
     wiped = deeplock.CounterSchedule(key, IV)
@@ -440,6 +453,24 @@ MISTAKES = {
         lambda: deeplock.load_file(key, "locked"),
     ],
     "lock": lambda key: mistakes_in_bytes(key, deeplock.lock),
+    "lock_checkpoint": lambda key: [
+        lambda: deeplock.lock_checkpoint("locked directory", "new", key),
+        lambda: deeplock.lock_checkpoint("plain", "new", key),
+        lambda: deeplock.lock_checkpoint("plain directory", "plain directory", key),
+        lambda: deeplock.lock_checkpoint("plain directory", "new", "text"),
+        lambda: deeplock.lock_checkpoint("plain directory", "new", key, executor=key),
+        lambda: deeplock.lock_checkpoint(key, "new", "plain directory"),
+        lambda: deeplock.lock_checkpoint("plain directory", "new", key, schedule=key),
+        lambda: deeplock.lock_checkpoint("plain directory", "new", key, exclude=key),
+        lambda: deeplock.lock_checkpoint("secret directory", "new", key),
+    ],
+    "lock_file_in_place": lambda key: [
+        lambda: deeplock.lock_file_in_place("locked", key),
+        lambda: deeplock.lock_file_in_place("key", key),
+        lambda: deeplock.lock_file_in_place("plain", "text"),
+        lambda: deeplock.lock_file_in_place("plain", key, only=key),
+        lambda: deeplock.lock_file_in_place(key, "plain"),
+    ],
     "lock_file": lambda key: [
         *mistakes_in_files(key, deeplock.lock_file, "plain"),
         lambda: deeplock.lock_file("locked", "new", key),
@@ -465,7 +496,15 @@ MISTAKES = {
         lambda: deeplock.open_locked(key, "locked"),
     ],
     "read_header": lambda key: [lambda: deeplock.read_header("key"), lambda: deeplock.read_header("plain")],
+    "recover_file": lambda key: [
+        lambda: deeplock.recover_file("key", key, undo=True),
+        lambda: deeplock.recover_file("broken journal", key),
+        lambda: deeplock.recover_file(key, "locked"),
+    ],
     "rekey": mistakes_in_rekeying_bytes,
+    "rekey_checkpoint": lambda key: mistakes_in_directories(
+        key, lambda *arguments, **keywords: deeplock.rekey_checkpoint(*arguments, OTHER, **keywords)
+    ),
     "rekey_file": lambda key: [
         *mistakes_in_files(key, lambda *arguments, **keywords: deeplock.rekey_file(*arguments, OTHER, **keywords), "locked"),
         lambda: deeplock.rekey_file("locked", "new", OTHER, key),
@@ -483,6 +522,21 @@ MISTAKES = {
     "substitute": lambda key: [lambda: deeplock.substitute(bytearray(9), key)],
     "tiers": lambda key: [],
     "unlock": lambda key: mistakes_in_bytes(key, deeplock.unlock),
+    "unlock_checkpoint": lambda key: mistakes_in_directories(key, deeplock.unlock_checkpoint),
+    "unlock_file_in_place": lambda key: [
+        lambda: deeplock.unlock_file_in_place("locked", OTHER),
+        lambda: deeplock.unlock_file_in_place("altered", key),
+        lambda: deeplock.unlock_file_in_place("plain", key),
+        lambda: deeplock.unlock_file_in_place("key", key),
+        lambda: deeplock.unlock_file_in_place("broken journal", key),
+    ],
+    "unlock_to_memory": lambda key: [
+        lambda: deeplock.unlock_to_memory("locked", OTHER),
+        lambda: deeplock.unlock_to_memory("altered", key),
+        lambda: deeplock.unlock_to_memory("plain", key),
+        lambda: deeplock.unlock_to_memory("key", key),
+        lambda: deeplock.unlock_to_memory(key, "locked"),
+    ],
     "unlock_file": lambda key: [
         *mistakes_in_files(key, deeplock.unlock_file, "locked"),
         lambda: deeplock.unlock_file("locked", "new", OTHER),
@@ -492,6 +546,13 @@ MISTAKES = {
     "unlock_tensor": mistakes_in_unlocking_one,
     "unlock_tensors": mistakes_in_unlocking,
     "use_tier": lambda key: [lambda: deeplock.use_tier(key)],
+    "verify_checkpoint": lambda key: [
+        lambda: deeplock.verify_checkpoint("locked directory", OTHER),
+        lambda: deeplock.verify_checkpoint("altered directory", key),
+        lambda: deeplock.verify_checkpoint("plain directory", key),
+        lambda: deeplock.verify_checkpoint("locked", key),
+        lambda: deeplock.verify_checkpoint(key, "locked directory"),
+    ],
     "verify_file": lambda key: [
         lambda: deeplock.verify_file("locked", OTHER),
         lambda: deeplock.verify_file("plain", key),
@@ -523,6 +584,14 @@ def folder(tmp_path, monkeypatch):
     altered = bytearray(Path("locked").read_bytes())
     altered[-1] ^= 1
     Path("altered").write_bytes(altered)
+    Path("broken journal").write_bytes(altered)
+    Path(".broken journal.deeplock-journal").write_text(KEYS[256].hex())
+    for name, files in {"plain": ["plain"], "locked": ["locked"], "altered": ["altered"], "secret": ["plain", "key"]}.items():
+        directory = Path(f"{name} directory")
+        directory.mkdir()
+        shutil.copy(files[0], directory / "model.safetensors")
+        for other in files[1:]:
+            shutil.copy(other, directory)
     return tmp_path
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from deeplock_kernels.errors import ContainerError, InterruptedLockError
 from deeplock_kernels.files import flush_directory, read_at, write_at
+from deeplock_kernels.keys import Hidden
 
 _FORMAT = "deeplock-journal/1"
 _HEAD = struct.Struct("<18s32sQQ")  # format, digest of all that follows, lengths of the text and of what is kept
@@ -208,7 +209,7 @@ class Journal:
 
     @classmethod
     def _read(cls, path: str, descriptor: int) -> Journal:
-        head = read_at(descriptor, 0, _HEAD.size)
+        head = Hidden(read_at(descriptor, 0, _HEAD.size))  # whatever file has this name
         size = os.fstat(descriptor).st_size
         if len(head) < _HEAD.size or not head.startswith(_FORMAT.encode()):
             raise _damaged(path)

@@ -402,7 +402,8 @@ def read_checkpoint(path: Path, argument: str = "src_dir", *, exclude: Sequence[
         A file cannot be read, or an argument is wrong.
     """
     store = store_at(path, argument)
-    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+    listed = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    if not listed or not all(isinstance(pattern, str) for pattern in exclude):
         raise ParameterError("exclude: accepted are glob patterns of file names, relative to the directory")
     everything = store.names()
     names = [name for name in everything if not _is_own(name)]
