@@ -328,16 +328,16 @@ def reserve(descriptor: int, size: int) -> None:
         raise OSError(reason, os.strerror(reason))
 
 
-def begin_flush(file: BinaryIO) -> None:
+def begin_flush(descriptor: int) -> None:
     """Have the system begin to write a file to its device, and do not wait: then flushing it takes little at the end.
 
     Parameters
     ----------
-    file
-        Open for writing. What is still in its own buffer is not written.
+    descriptor
+        Of the file, open for writing.
     """
     to_the_end, write = (0, 0), 2  # SYNC_FILE_RANGE_WRITE of linux/fs.h
-    _system_call("sync_file_range", file.fileno(), to_the_end, write)  # an error is told by the flush at the end
+    _system_call("sync_file_range", descriptor, to_the_end, write)  # an error is told by the flush at the end
 
 
 def _system_call(name: str, *arguments: int | tuple[int, int]) -> int:

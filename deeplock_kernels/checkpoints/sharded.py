@@ -655,7 +655,8 @@ class _Open:
     def __init__(self, steps: _Steps) -> None:
         self.steps = steps
         self.batch = _Batch([], counted=False)
-        self.futures: list[Future[Outcome]] = []
+        self.futures: list[Future[Outcome] | None] = []
+        self.outcomes: dict[int, Outcome] = {}
         self.left = 0
 
 
@@ -681,18 +682,20 @@ class _Drive:
                     self._finished(*self._done.get())
         finally:
             for shard in self._open:
-                for future in shard.futures:
+                for future in filter(None, shard.futures):
                     future.cancel()
             for shard in self._open:
                 shard.steps.close()
 
     def _finished(self, shard: _Open, number: int) -> None:
-        shard.futures[number].result()
+        future, shard.futures[number] = shard.futures[number], None  # or Dask would do it again if its worker dies now
+        assert future is not None
+        shard.outcomes[number] = future.result()
         shard.left -= 1
         if shard.batch.counted and self._progress is not None:
             self._progress(shard.batch.tasks[number].nbytes)
         if shard.left == 0:
-            self._advance(shard, [future.result() for future in shard.futures])
+            self._advance(shard, [outcome for _, outcome in sorted(shard.outcomes.items())])
 
     def _advance(self, shard: _Open, outcomes: list[Outcome] | None) -> None:
         """Go on to the next step that has tasks."""
@@ -702,7 +705,7 @@ class _Drive:
             except StopIteration:
                 self._open.remove(shard)
                 return
-            shard.left, shard.futures = len(shard.batch.tasks), []
+            shard.left, shard.futures, shard.outcomes = len(shard.batch.tasks), [], {}
             for number, task in enumerate(shard.batch.tasks):
                 future = self._executor.submit(tasks.run, task)
                 shard.futures.append(future)

@@ -666,7 +666,7 @@ def _stream(
                 sums[i] = zlib.crc32(data[low - window.begin : high - window.begin], sums[i])
         output.write(data)
         if not isinstance(output, io.BytesIO):
-            begin_flush(output)
+            begin_flush(output.fileno())
 
     with Behind() as behind:
         for turn, window in enumerate(windows(tensors, file.spans(edits))):

@@ -28,7 +28,7 @@ from deeplock_kernels.checkpoints.streaming import (
     windows,
 )
 from deeplock_kernels.errors import ContainerError
-from deeplock_kernels.files import file_errors
+from deeplock_kernels.files import begin_flush, file_errors
 from deeplock_kernels.keys import TensorKeys
 from deeplock_kernels.named_lock import NamedLock, Seals
 from deeplock_kernels.pieces import Range
@@ -222,6 +222,7 @@ def _writing(task: Task) -> Iterator[Callable[[int, memoryview], object]]:
                 while data:
                     written = os.pwrite(descriptor, data, begin + shift)
                     begin, data = begin + written, data[written:]
+            begin_flush(descriptor)
 
         try:
             yield write
