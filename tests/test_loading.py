@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import math
 import os
 import pickle
@@ -18,7 +17,7 @@ import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import run
-from support import BOXES, KEYS, SAFETENSORS_DTYPES, SCHEDULES, painted, refuse
+from support import BOXES, KEYS, SAFETENSORS_DTYPES, SCHEDULES, framework, painted, refuse
 
 from deeplock_kernels import errors, load_file, lock_file, open_locked
 from deeplock_kernels.checkpoints import arrays, loading, slicing
@@ -555,8 +554,8 @@ def test_a_library_that_is_not_installed(files, monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(arrays.importlib, "import_module", missing)
-    for framework, extra in (("pt", "torch"), ("jax", "jax")):
-        error = refuse(errors.MissingLibraryError, ImportError, "framework", load_file, files / "locked", KEY, framework=framework)
+    for name, extra in (("pt", "torch"), ("jax", "jax")):
+        error = refuse(errors.MissingLibraryError, ImportError, "framework", load_file, files / "locked", KEY, framework=name)
         assert f"deeplock-kernels[{extra}]" in str(error)
     with open_locked(files / "locked", KEY) as file:
         assert file.get_slice("bfloat16").get_dtype() == "BF16"
@@ -566,16 +565,8 @@ def test_a_library_that_is_not_installed(files, monkeypatch):
         assert file.get_tensor("float32").dtype == np.float32
 
 
-def framework(name):
-    """Skip where a framework is not installed, unless the tests are told that it has to be."""
-    if importlib.util.find_spec(name) is None:
-        assert not os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS"), f"{name} is not installed"
-        pytest.skip(f"{name} is not installed")
-
-
 def test_pytorch_tensors(files):
-    framework("torch")
-    import torch
+    torch = framework("torch")
     from safetensors.torch import load_file as load_plain
 
     found, wanted = load_file(files / "locked", KEY, framework="pt", device="cpu"), load_plain(files / "plain")
@@ -597,13 +588,18 @@ def test_pytorch_tensors(files):
 
 
 def test_jax_arrays(files, plain):
-    framework("jax")
-    import jax
-
-    found = load_file(files / "locked", KEY, framework="jax", device="cpu")
-    assert all(isinstance(data, jax.Array) for data in found.values())
-    for name in ("long", "bfloat16", "bool", "shape ()"):
-        assert same(np.asarray(found[name]), plain[name])
+    jax = framework("jax")
+    exact = [name for name, data in plain.items() if data.dtype.itemsize < 8 or data.dtype == np.complex64]
+    found = load_file(files / "locked", KEY, tensors=exact, framework="jax", device="cpu")
+    for name, data in found.items():
+        assert isinstance(data, jax.Array)
+        assert same(np.asarray(data), plain[name])
+    for name in plain.keys() - exact:
+        with open_locked(files / "locked", KEY, framework="jax") as file:
+            refuse(errors.BufferTypeError, TypeError, f"dtype {name}: JAX would round", file.get_tensor, name)
+    with jax.enable_x64(True):
+        found = load_file(files / "locked", KEY, framework="jax")
+        assert all(same(np.asarray(data), plain[name]) for name, data in found.items())
     refuse(errors.ParameterError, ValueError, "device: got", load_file, files / "locked", KEY, framework="jax", device="none")
 
 

@@ -465,12 +465,13 @@ def test_whatever_a_layer_raises_comes_out_and_leaves_nothing_plain():
     plain = copy.deepcopy(module)
     keyed = KeyedModule(module, lock_module(module, KEY))
     expected = keyed(x, key=KEY)
+    threads = threading.active_count()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             keyed(x[:, 1:], key=KEY)
         assert plain_parts(keyed, plain) == []
         assert torch.equal(keyed(x, key=KEY), expected)
-    assert threading.active_count() < 10
+    assert threading.active_count() <= threads
     with pytest.raises(errors.LayerError, match="outside of the call that has the key"):
         keyed._twin(x)
 

@@ -137,7 +137,17 @@ def _for_jax(device: Any) -> _Maker:
         raise ParameterError(
             f'device: got {shown(device)}, accepted is a jax.Device or a platform such as "cpu" or "gpu"'
         ) from error
-    return _numpy_dtype, lambda data, dtype, shape: jax.device_put(_numpy_view(data, dtype, shape), place)
+
+    def dtype(name: str) -> Any:
+        found = _numpy_dtype(name)
+        if jax.dtypes.canonicalize_dtype(found) != found:
+            raise BufferTypeError(
+                f"dtype {name}: JAX would round it to 32 bits; accepted it is where "
+                'jax.config.update("jax_enable_x64", True) was called, and with "np"'
+            )
+        return found
+
+    return dtype, lambda data, dtype, shape: jax.device_put(_numpy_view(data, dtype, shape), place)
 
 
 _FRAMEWORKS: dict[str, Callable[[Any], _Maker]] = {"np": _for_numpy, "pt": _for_torch, "jax": _for_jax}

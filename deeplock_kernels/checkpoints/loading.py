@@ -83,8 +83,8 @@ def load_file(
         The names of those to load; None for all.
     framework
         What to make of them: "np" for NumPy arrays, "pt" for PyTorch tensors, "jax" for JAX arrays. BF16 and F8 are
-        dtypes of `ml_dtypes` in NumPy. F4 and F6 come as their bytes, flat and of dtype uint8. JAX makes 64-bit dtypes
-        32-bit unless `jax_enable_x64` is set.
+        dtypes of `ml_dtypes` in NumPy. F4 and F6 come as their bytes, flat and of dtype uint8. JAX has 64-bit dtypes
+        only where `jax_enable_x64` is set; they are not rounded to 32 bits.
     device
         Where to put them, as the framework calls it. They are unlocked on the CPU.
     check, seal, sbox
