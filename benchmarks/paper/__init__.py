@@ -1,0 +1,1 @@
+"""What the paper claims, measured: `python -m benchmarks.paper`. One file is one study."""
