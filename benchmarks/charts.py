@@ -18,6 +18,7 @@ from benchmarks.results import Spread, model_text, size_text
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#5D3A9B")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 _LIMIT_COLOUR = "#000000"
+_BINS = 40
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -131,7 +132,12 @@ class Charts:
             return self._save(figure, axes, name, title)
 
     def bars(
-        self, name: str, title: str, panels: Sequence[tuple[str, Mapping[str, Mapping[str, Spread]]]]
+        self,
+        name: str,
+        title: str,
+        panels: Sequence[tuple[str, Mapping[str, Mapping[str, Spread]]]],
+        *,
+        limit: float | None = None,
     ) -> str:
         """Draw horizontal bars: for each panel its axis label, and groups of bars by row and by series."""
         with matplotlib.rc_context(_STYLE):
@@ -145,9 +151,52 @@ class Charts:
                 _bars(axes, groups)
                 axes.set_xlabel(label)
                 axes.grid(axis="y", visible=False)
+                if limit is not None:
+                    axes.axvline(limit, color=_LIMIT_COLOUR, linewidth=1, linestyle="--")
             if most > 1:
                 all_axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
             all_axes[0].invert_yaxis()
+            return self._save(figure, all_axes[0], name, title)
+
+    def lines(
+        self,
+        name: str,
+        title: str,
+        x_label: str,
+        y_label: str,
+        series: Mapping[str, Points],
+        *,
+        limit: tuple[str, float] | None = None,
+    ) -> str:
+        """Draw something over something else, with a dashed level."""
+        with matplotlib.rc_context(_STYLE):
+            figure, axes = _figure(7.5, 4.5)
+            for index, (label, points) in enumerate(series.items()):
+                _line(axes, index, label, points)
+            if limit is not None:
+                axes.axhline(limit[1], color=_LIMIT_COLOUR, linewidth=1, linestyle="--", label=limit[0])
+            axes.set_xlabel(x_label)
+            axes.set_ylabel(y_label)
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            return self._save(figure, axes, name, title)
+
+    def histograms(
+        self, name: str, title: str, panels: Sequence[tuple[str, Mapping[str, Sequence[float]], float | None]]
+    ) -> str:
+        """Draw histograms: for each panel its axis label, values by series, and where to put a dashed line."""
+        with matplotlib.rc_context(_STYLE):
+            columns = min(len(panels), 3)
+            rows = -(-len(panels) // columns)
+            figure = Figure(figsize=(3.2 * columns + 0.8, 2.3 * rows + 0.6), layout="constrained")
+            all_axes = figure.subplots(rows, columns, squeeze=False).flat
+            for axes, (label, series, limit) in zip(all_axes, panels, strict=False):
+                _histogram(axes, series)
+                if limit is not None:
+                    axes.axvline(limit, color=_LIMIT_COLOUR, linewidth=1, linestyle="--")
+                axes.set_xlabel(label)
+            for axes in all_axes[len(panels) :]:
+                axes.set_visible(False)
+            figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper")
             return self._save(figure, all_axes[0], name, title)
 
     def _save(self, figure: Figure, axes: Any, name: str, title: str) -> str:
@@ -219,6 +268,23 @@ def _bars(axes: Any, groups: Mapping[str, Mapping[str, Spread]]) -> None:
             error_kw={"elinewidth": 1, "ecolor": "#333333"},
         )
     axes.set_yticks(range(len(groups)), list(groups))
+
+
+def _histogram(axes: Any, series: Mapping[str, Sequence[float]]) -> None:
+    values = [value for each in series.values() for value in each]
+    low, high = min(values), max(values)
+    edges = [low + (high - low or 1.0) * index / _BINS for index in range(_BINS + 1)]
+    for index, (label, each) in enumerate(series.items()):
+        axes.hist(
+            each,
+            edges,
+            weights=[1 / len(each)] * len(each),
+            label=label,
+            color=_COLOURS[index % len(_COLOURS)],
+            histtype="step" if index else "stepfilled",
+            alpha=1.0 if index else 0.5,
+            linewidth=1.5,
+        )
 
 
 def _logarithmic(axes: Any) -> None:

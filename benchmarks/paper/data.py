@@ -60,6 +60,12 @@ class Dataset:
         """The accuracy of a guess, and of an answer that is always the same."""
         return 1 / self.classes
 
+    def judges(self, most: int) -> tuple[Tensor, Tensor]:
+        """Give at most that many samples of the test set, with their classes, as many of each class."""
+        each = most // self.classes
+        chosen = torch.cat([(self.test_y == label).nonzero()[:each, 0] for label in range(self.classes)])
+        return self.test_x[chosen], self.test_y[chosen]
+
 
 @functools.cache
 def digits() -> Dataset:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.networks import Architecture, quantized
+from benchmarks.paper.networks import Architecture
 
 _BATCH = 64
 _QUERIES = 200  # samples computed at a time; more would leave the caches
@@ -93,13 +93,8 @@ def trained(architecture: Architecture, quick: bool) -> nn.Module:
     name = architecture.name, quick
     if name not in _trained:
         data = architecture.dataset()
-        torch.manual_seed(0)
-        module = architecture.make()
+        module = architecture.untrained(0)
         epochs = max(architecture.epochs // 3, 1) if quick else architecture.epochs
         train(module, data.train_x, data.train_y, epochs=epochs, learning_rate=architecture.learning_rate, seed=0)
-        if architecture.dtype == "int8":
-            module = quantized(module).eval()
-        else:
-            module = module.to(getattr(torch, architecture.dtype))
-        _trained[name] = module
+        _trained[name] = architecture.converted(module)
     return copy.deepcopy(_trained[name])
