@@ -162,10 +162,10 @@ def present(result: dict[str, Any], charts: Charts) -> str:
     """Write what was found."""
     networks = result["networks"]
     parts = [
-        "The paper claims, in its abstract, that a network with the right key is as good as before, and that with "
-        "any other one it does no better than a guess. A wrong key is refused by this package before a byte "
-        "changes; here that comparison is turned off (`check=False`), so that the weights are what the paper's "
-        "would be.",
+        "The paper claims, in its abstract, that a locked model works correctly only with the correct key. That "
+        "accuracy falls to that of a guess with any other key is what a public summary of the paper says; its "
+        "text is not at hand. A wrong key is refused by this package before a byte changes; here that comparison "
+        "is turned off (`check=False`), so that the weights are what the paper's would be.",
         _main_table(networks),
         "Accuracies: the mean over keys, and in brackets from the worst to the best key. *In the band*: the share "
         "of wrong keys (random, and one bit off) whose accuracy lies within the 95 % band of independent guesses. "

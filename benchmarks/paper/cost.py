@@ -122,8 +122,8 @@ def present(result: dict[str, Any], charts: Charts) -> str:
                 }
     return "\n\n".join(
         [
-            "The paper claims, in its abstract, that unlocking is light. These networks are small, so that times "
-            "for each tensor count for more than those for each byte; `python -m benchmarks.frameworks` has large "
+            "The paper calls its scheme lightweight, in its abstract. These networks are small, so that times for "
+            "each tensor count for more than those for each byte; `python -m benchmarks.frameworks` has large "
             "ones. What is compared ran one after the other in each of "
             f"{result['rounds']} rounds; a cell has the median, and in brackets the range. These figures differ "
             "from run to run.",

@@ -1,0 +1,56 @@
+"""What Deep-Lock's paper claims, measured on networks that are trained here.
+
+`python -m benchmarks.paper [--quick] [--out DIR] [--seed N] [--threads N] [STUDY ...]`
+
+It needs PyTorch and the extra `bench`. Whatever must hold and does not is printed, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from benchmarks import environment
+from benchmarks.paper import authorization, cost, locked_bytes, partial, report
+
+STUDIES: Mapping[str, ModuleType] = {
+    "authorization": authorization,
+    "partial": partial,
+    "cost": cost,
+    "locked_bytes": locked_bytes,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write the report, and give the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; by default all")
+    parser.add_argument("--quick", action="store_true", help="small networks and few keys; the figures mean nothing")
+    parser.add_argument("--out", type=Path, default=report.FOLDER, metavar="DIR", help="where the report goes")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of keys, salts and all else that is random")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of PyTorch; sums depend on it slightly")
+    chosen = parser.parse_args(arguments)
+    unknown = set(chosen.studies) - STUDIES.keys()
+    if unknown:
+        parser.error(f"there is no study {min(unknown)!r}")
+    torch.set_num_threads(chosen.threads)
+    facts = environment.describe(quick=chosen.quick)
+    results, broken = {}, []
+    for name in chosen.studies or STUDIES:
+        begin = time.perf_counter()
+        results[name] = STUDIES[name].measure(chosen.quick, chosen.seed)
+        broken += [f"{name}: {claim}" for claim in STUDIES[name].check(results[name])]
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    print(report.write(chosen.out, facts, results, STUDIES))
+    for claim in broken:
+        print(f"does not hold: {claim}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,65 @@
+"""Writes what the studies found: results as JSON, a page of Markdown, and charts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks import environment
+from benchmarks.paper.charts import Charts
+
+FOLDER = Path(__file__).resolve().parent.parent / "results" / "paper"
+_OPENING = """\
+# The paper's claims, measured
+
+Deep-Lock (Alam, Saha, Mukhopadhyay, Kundu, [arXiv 2008.05966](https://arxiv.org/abs/2008.05966)) locks the weights of a
+trained network with a key. The paper's text was not at hand: what it claims is taken from its abstract, where nothing
+else is said. `python -m benchmarks.paper` makes this page anew. Keys, salts, data and training are seeded, so a second
+run on one machine gives the same tables but for times; another processor rounds differently in training, which moves
+accuracies by a few points and no conclusion."""
+
+
+def write(
+    folder: Path, facts: Mapping[str, Any], results: Mapping[str, Any], studies: Mapping[str, ModuleType]
+) -> Path:
+    """Write results.json, report.md and charts into a folder, and give the path of the page.
+
+    Parameters
+    ----------
+    folder
+        Where to; it is made.
+    facts
+        The environment.
+    results
+        What each study's `measure` gave, by its name.
+    studies
+        The studies by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"environment": dict(facts), "torch": torch.__version__, "studies": dict(results)}
+    (folder / "results.json").write_text(compact(document) + "\n", encoding="utf-8")
+    mark = "QUICK RUN, ITS FIGURES MEAN NOTHING; " if facts["quick"] else ""
+    line = f"{mark}{environment.line(facts)}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+    charts = Charts(folder, line)
+    parts = [_OPENING, f"Measured on: {line}."]
+    for name, result in results.items():
+        parts += [f"## {studies[name].TITLE}", studies[name].present(result, charts)]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def compact(value: Any, indent: str = "") -> str:
+    """Write JSON with each list that holds no mapping on one line."""
+    inner = indent + " "
+    if isinstance(value, Mapping):
+        entries = [f"{inner}{json.dumps(str(name))}: {compact(each, inner)}" for name, each in value.items()]
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}" if entries else "{}"
+    if isinstance(value, (list, tuple)) and any(isinstance(each, Mapping) for each in value):
+        return "[\n" + ",\n".join(inner + compact(each, inner) for each in value) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
