@@ -18,7 +18,7 @@ from benchmarks.results import Spread, model_text, size_text
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#5D3A9B")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 _LIMIT_COLOUR = "#000000"
-_BINS = 40
+_BINS = 20
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -196,7 +196,7 @@ class Charts:
                 axes.set_xlabel(label)
             for axes in all_axes[len(panels) :]:
                 axes.set_visible(False)
-            figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper")
+            figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right lower")
             return self._save(figure, all_axes[0], name, title)
 
     def _save(self, figure: Figure, axes: Any, name: str, title: str) -> str:
