@@ -394,6 +394,17 @@ def test_the_command_writes_a_report_with_all_its_charts(monkeypatch, tmp_path, 
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def test_the_page_is_written_anew_from_the_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "_QUICK", ("MLP, wine",))
+    arguments = ["--quick", "--threads", "1", "--out", str(tmp_path), "cost"]
+    assert command.main(arguments) == 0
+    page, results = ((tmp_path / name).read_bytes() for name in ("report.md", "results.json"))
+    (tmp_path / "report.md").unlink()
+    monkeypatch.setattr(cost, "measure", None)
+    assert command.main([*arguments[1:-1], "--rewrite"]) == 0
+    assert [(tmp_path / name).read_bytes() for name in ("report.md", "results.json")] == [page, results]
+
+
 def test_the_command_fails_where_a_claim_does_not_hold(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cost, "_QUICK", ("MLP, wine",))
     monkeypatch.setattr(cost, "check", lambda result: ["nothing is as it was"])

@@ -22,8 +22,8 @@ TITLE = "Statistics of locked bytes"
 PLAIN, RANDOM = "plain", "random bytes"
 _QUICK = ("MLP, digits",)
 _LEAST = 1e-4  # p-values are uniform for random bytes; below that is no chance
-_SHOWN = ("LeNet-5", "ResNet-20", "LeNet-5, bfloat16", *_QUICK)
-_BINS = range(-128, 129, 4)
+_SHOWN = ("ResNet-20", "LeNet-5, bfloat16")
+_BINS = range(-128, 129, 8)
 
 
 def measure(quick: bool, seed: int) -> dict[str, Any]:
@@ -135,8 +135,8 @@ def present(result: dict[str, Any], charts: Charts) -> str:
                     _p_values(found, "correlation_p"),
                 )
             )
-    middles = [edge + 2 for edge in [*_BINS][:-1]]
-    shown = [network for network in result["networks"] if network["name"] in _SHOWN]
+    middles = [edge + 4 for edge in [*_BINS][:-1]]
+    shown = [network for network in result["networks"] if network["name"] in _SHOWN] or result["networks"][:1]
     pictures = [
         charts.lines(
             f"weights_{index}",

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import sklearn
 import torch
 
 from benchmarks import environment
 from benchmarks.paper.charts import Charts
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "paper"
+_RESULTS = "results.json"
 _OPENING = """\
 # The paper's claims, measured
 
@@ -34,17 +36,17 @@ def write(
     folder
         Where to; it is made.
     facts
-        The environment.
+        What `describe` gave.
     results
         What each study's `measure` gave, by its name.
     studies
         The studies by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"environment": dict(facts), "torch": torch.__version__, "studies": dict(results)}
-    (folder / "results.json").write_text(compact(document) + "\n", encoding="utf-8")
+    document = {"environment": dict(facts), "studies": dict(results)}
+    (folder / _RESULTS).write_text(compact(document) + "\n", encoding="utf-8")
     mark = "QUICK RUN, ITS FIGURES MEAN NOTHING; " if facts["quick"] else ""
-    line = f"{mark}{environment.line(facts)}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+    line = f"{mark}{environment.line(facts)}; PyTorch with {facts['torch_threads']} of them"
     charts = Charts(folder, line)
     parts = [_OPENING, f"Measured on: {line}."]
     for name, result in results.items():
@@ -52,6 +54,19 @@ def write(
     path = folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def describe(*, quick: bool) -> dict[str, Any]:
+    """Collect the facts of the machine and of the versions, those of PyTorch among them."""
+    facts = environment.describe(quick=quick)
+    versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__}
+    return {**facts, "packages": facts["packages"] | versions, "torch_threads": torch.get_num_threads()}
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the environment and the results of a run from its folder."""
+    document = json.loads((folder / _RESULTS).read_text(encoding="utf-8"))
+    return document["environment"], document["studies"]
 
 
 def compact(value: Any, indent: str = "") -> str:
