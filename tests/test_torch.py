@@ -34,6 +34,7 @@ from deeplock_kernels.frameworks.torch import (  # noqa: E402
     unlock_state_dict,
     verify_module,
 )
+from deeplock_kernels.frameworks.torch import keyed as keyed_module  # noqa: E402
 
 torch.set_num_threads(1)  # its threads wait for each other at work, which takes long where others work too
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
@@ -405,6 +406,24 @@ def test_a_locked_module_computes_what_the_plain_one_does(name, prefetch):
         assert layer < keyed.peak_bytes <= (2 if prefetch else 1) * layer * 17 / 16 + 64
         assert (keyed.peak_bytes > 1.5 * layer) == prefetch
         assert len(locked["0.weight"]) * 3 > keyed.peak_bytes
+
+
+@pytest.mark.parametrize(("used", "prefetch", "ahead"), [(1, None, True), (3, None, False), (3, True, True), (1, False, False)])
+def test_layers_are_unlocked_ahead_on_the_processors_that_are_left(used, prefetch, ahead, monkeypatch):
+    monkeypatch.setattr(keyed_module, "available_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used)
+    module, x = model("large")
+    keyed = KeyedModule(module, lock_module(module, KEY), prefetch=prefetch, threads=4)
+    counts, unlock = set(), keyed._unlocking._unlock
+
+    def counted(held, threads):
+        counts.add((threading.current_thread() is threading.main_thread(), threads))
+        unlock(held, threads)
+
+    monkeypatch.setattr(keyed._unlocking, "_unlock", counted)
+    for _ in range(2):
+        keyed(x, key=KEY)
+    assert counts == {(True, 4)} | ({(False, max(3 - used, 1))} if ahead else set())
 
 
 def plain_parts(keyed, module):
