@@ -26,6 +26,7 @@ from deeplock_kernels.frameworks.torch import KeyedModule, lock_module, unlock_m
 
 KEY = bytes(range(32))
 _MANY = 500  # small tensors
+_LONGEST = 10  # seconds for the rounds of one measurement, unless three take longer
 _LARGE = ("ResNet-50", "BERT-base")
 _QUERIES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "MLP 784-2048-2048-10": (networks.mlp, (784,)),
@@ -134,12 +135,16 @@ def queries(rounds: int, quick: bool) -> Iterator[str]:
 
         everything = torch.get_num_threads()
         for batch, used in product((1,) if quick else (1, 8, 32), sorted({everything, max(everything - 1, 1)})):
+            if batch > 8 and used < everything:
+                continue  # it takes minutes, and there is next to nothing to hide
             x = torch.randn(batch, *shape)
             torch.set_num_threads(used)
             with torch.no_grad(), keyed.session(KEY) as compute, careless.session(KEY) as compute_carelessly:
+                seconds = seconds_of(partial(plain, x))
+                count = min(rounds, max(3, int(_LONGEST / seconds)))
                 base, cells = [], []
                 for work in (copy_all, partial(keyed, x, key=KEY), partial(compute, x), partial(compute_carelessly, x)):
-                    first, second = compared(partial(plain, x), work, rounds)
+                    first, second = compared(partial(plain, x), work, count)
                     base += first
                     done = 0 if work is copy_all else 1
                     cells.append(
