@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from deeplock_kernels import buffers
 from deeplock_kernels.errors import BufferTypeError, UnknownNameError, shown
 from deeplock_kernels.runtime.pool import resolve_threads, run_one
@@ -16,7 +14,7 @@ from deeplock_kernels.schedules.base import MAX_OFFSET, check_range
 from deeplock_kernels.transform import Transform
 
 _NO_SCHEDULE = object()  # what None must never mean
-_latest: dict[str, tuple[Transform, object, Tier]] = {}  # the transform of the last small array, per direction
+_latest: dict[str, tuple[Transform, object, Tier]] = {}  # the transform of the last few bytes, per direction
 
 
 def lock(
@@ -121,7 +119,10 @@ def find_sbox(sbox: object, argument: str = "sbox") -> SBox:
 def _apply_to_few(
     direction: str, data: Any, schedule: CounterSchedule, sbox: object, offset: object
 ) -> bool:
-    """Do what `_apply` does for a small array in place, in as few steps as Python allows, or nothing at all."""
+    """Do what `_apply` does for few bytes in place, in as few steps as Python allows, or nothing at all."""
+    address = buffers.writable_address(data)
+    if not address:
+        return False
     transform, known, tier = _latest.get(direction, (None, None, None))
     if known is not sbox or tier is not active_tier() or transform is None:
         tier = active_tier()
@@ -130,11 +131,9 @@ def _apply_to_few(
     nbytes = data.nbytes
     if not 0 < nbytes <= transform.small or type(offset) is not int or not 0 <= offset <= MAX_OFFSET - nbytes:
         return False
-    address = buffers.writable_address(data)
-    if not address:
-        return False
     function, record = schedule.in_place(transform, address, nbytes, offset)
     transform.prepare_undo()
+    buffers.note_written(data)
     run_one(function, (record,), transform.revert)
     return True
 
@@ -150,7 +149,6 @@ def _apply(
 ) -> Any:
     if (
         out is data
-        and type(data) is np.ndarray
         and type(schedule) is CounterSchedule
         and (threads is None or (type(threads) is int and threads > 0))
         and _apply_to_few(direction, data, schedule, sbox, offset)

@@ -15,7 +15,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import statistics
 import sys
 import tempfile
 import threading
@@ -180,17 +179,18 @@ def is_due(samples, start, seconds):
 
 
 def growth(samples):
-    """Give by how much each quantity grows, from medians of three parts that follow a sixth for warming up.
+    """Give by how much each quantity grows, from the least of each of three parts that follow a sixth for warming up.
 
-    It is twice the smaller one of the growths from part to part. So a leak counts in full, and what is allocated once at
-    some time not at all: Python's own bookkeeping takes half a MiB when it has new addresses to keep account of.
+    A leak raises the least as well, and what is held for the moment does not. It is twice the smaller one of the growths
+    from part to part. So a leak counts in full, and what is allocated once at some time not at all: Python's own
+    bookkeeping takes half a MiB when it has new addresses to keep account of.
     """
     warm = samples[len(samples) // 6 :]
     third = max(len(warm) // 3, 1)
     parts = warm[:third], warm[third : len(warm) - third], warm[-third:]
     found = {}
     for name in warm[0]:
-        first, second, last = (statistics.median(sample[name] for sample in part or warm) for part in parts)
+        first, second, last = (min(sample[name] for sample in part or warm) for part in parts)
         found[name] = 2 * min(second / first - 1, last / second - 1)
     return found
 

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import re
+import shutil
 import signal
 import threading
 
@@ -33,6 +34,7 @@ from deeplock_kernels.frameworks.torch import (  # noqa: E402
     unlock_state_dict,
     verify_module,
 )
+from deeplock_kernels.frameworks.torch import keyed as keyed_module  # noqa: E402
 
 torch.set_num_threads(1)  # its threads wait for each other at work, which takes long where others work too
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
@@ -406,6 +408,24 @@ def test_a_locked_module_computes_what_the_plain_one_does(name, prefetch):
         assert len(locked["0.weight"]) * 3 > keyed.peak_bytes
 
 
+@pytest.mark.parametrize(("used", "prefetch", "ahead"), [(1, None, True), (3, None, False), (3, True, True), (1, False, False)])
+def test_layers_are_unlocked_ahead_on_the_processors_that_are_left(used, prefetch, ahead, monkeypatch):
+    monkeypatch.setattr(keyed_module, "available_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used)
+    module, x = model("large")
+    keyed = KeyedModule(module, lock_module(module, KEY), prefetch=prefetch, threads=4)
+    counts, unlock = set(), keyed._unlocking._unlock
+
+    def counted(held, threads):
+        counts.add((threading.current_thread() is threading.main_thread(), threads))
+        unlock(held, threads)
+
+    monkeypatch.setattr(keyed._unlocking, "_unlock", counted)
+    for _ in range(2):
+        keyed(x, key=KEY)
+    assert counts == {(True, 4)} | ({(False, max(3 - used, 1))} if ahead else set())
+
+
 def plain_parts(keyed, module):
     """Say which weights of a module lie in scratch memory."""
     memory = b"".join(bytes_of(each._bytes) for each in keyed._unlocking._all)
@@ -644,14 +664,24 @@ def unlocked_product(x, weight, key, iv):
     return y + 1, plain
 
 
-def test_a_compiled_function_is_one_graph_and_an_exported_one_holds_no_key():
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # by PyTorch's own modules
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_function_is_one_graph(backend, tmp_path, monkeypatch):
+    if backend == "inductor" and not os.environ.get("DEEPLOCK_REQUIRE_FRAMEWORKS") and not shutil.which("g++"):
+        pytest.skip("PyTorch compiles with g++, which is not installed")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     x, weight = torch.randn(2, 8), torch.randn(8, 8)
     locked = deeplock_kernels.lock(weight, SCHEDULE)
-    compiled = torch.compile(unlocked_product, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(unlocked_product, fullgraph=True, backend=backend)
     for _ in range(2):
         y, again = compiled(x, locked, KEY_TENSOR, IV)
-        assert torch.equal(y, x @ weight + 1)
+        assert torch.allclose(y, x @ weight + 1)
         assert bytes_of(again) == bytes_of(locked)
+
+
+def test_an_exported_program_holds_no_key():
+    x, weight = torch.randn(2, 8), torch.randn(8, 8)
+    locked = deeplock_kernels.lock(weight, SCHEDULE)
 
     class Product(nn.Module):
         def forward(self, x, weight, key, iv):

@@ -28,7 +28,7 @@ from deeplock_kernels.frameworks.torch.scratch import Layer, Locked
 from deeplock_kernels.frameworks.torch.unlocking import Unlocking, Watch, tensors_within
 from deeplock_kernels.header import LockHeader
 from deeplock_kernels.named_lock import Key, NamedLock
-from deeplock_kernels.runtime.pool import resolve_threads
+from deeplock_kernels.runtime.pool import available_threads, resolve_threads
 from deeplock_kernels.sboxes import SBox
 
 # They read the weights of the modules within them without calling those.
@@ -44,8 +44,8 @@ class KeyedModule:
 
     A layer is a module that has parameters or buffers of its own; `torch.nn.MultiheadAttention` and
     `torch.nn.TransformerEncoderLayer` are one layer each with all that is in them. Small ones are unlocked together.
-    Plain at a time is hardly more than the largest layer, with `prefetch` twice that, and what modules around the
-    layers own themselves, such as a class token.
+    Plain at a time is hardly more than the largest layer, twice that where the next one is unlocked ahead, and what
+    modules around the layers own themselves, such as a class token.
 
     Calls from several threads run one after the other. What the layers themselves make of their weights (as a weight
     in another layout) is PyTorch's memory, and is not wiped.
@@ -57,7 +57,8 @@ class KeyedModule:
     header
         What `lock_module` returned.
     prefetch
-        Whether to unlock the next layer beside the one that runs, on another thread. The first call learns the order.
+        Whether to unlock the next layer beside the one that runs, on the processors that PyTorch's threads leave; None
+        does where they leave any (see `torch.set_num_threads`). The first call learns the order.
     wrong_key
         "raise" refuses another key, and whatever was altered; "compute" computes nonsense with it, as in the paper.
     seal
@@ -91,7 +92,7 @@ class KeyedModule:
         module: torch.nn.Module,
         header: LockHeader,
         *,
-        prefetch: bool = True,
+        prefetch: bool | None = None,
         wrong_key: str = "raise",
         seal: bool = True,
         layers: Iterable[type[torch.nn.Module]] = (),
@@ -107,7 +108,7 @@ class KeyedModule:
         locked = _locked(module, header)
         self.module, self.peak_bytes = module, 0
         self._header, self._sbox, self._threads = header, sbox, threads
-        self._check, self._seal = wrong_key == "raise", seal and wrong_key == "raise"
+        self._check, self._seal, self._prefetch = wrong_key == "raise", seal and wrong_key == "raise", prefetch
         self._settings: dict[str, Any] = {
             "prefetch": prefetch,
             "wrong_key": wrong_key,
@@ -119,7 +120,7 @@ class KeyedModule:
         self._twin = _twin(module, locked)
         stand_ins = {id(one.stand_in): one for one in locked}
         found = list(_layers_of(self._twin, stand_ins, (*_WHOLE, *whole)))
-        self._unlocking = Unlocking([layer for _, layer in found], prefetch=prefetch)
+        self._unlocking = Unlocking([layer for _, layer in found])
         for part, layer in found:
             part.forward = self._running(layer, part.forward)
         self._watched: Sequence[Locked] = locked
@@ -182,13 +183,21 @@ class KeyedModule:
         if os.getpid() != self._process:  # in a fork's child, where another thread may have held it
             self._mutex, self._process = threading.Lock(), os.getpid()
             self._unlocking.forget()
+        threads = resolve_threads(self._threads)
         with self._mutex, torch.no_grad():
-            with self._unlocking.call(lock, resolve_threads(self._threads), seal=self._seal):
+            with self._unlocking.call(lock, threads, ahead=self._threads_ahead(threads), seal=self._seal):
                 with Watch(self._watched) if self._watched else nullcontext():
                     result = self._twin(*inputs, **keywords)
                 self._watched = ()
             self.peak_bytes = self._unlocking.peak_bytes
             return result
+
+    def _threads_ahead(self, threads: int) -> int:
+        """Say how many threads unlock ahead; more than PyTorch leaves would take from it what they give."""
+        spare = available_threads() - torch.get_num_threads()
+        if spare <= 0 and self._prefetch:
+            spare = 1
+        return 0 if self._prefetch is False else max(min(spare, threads), 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), **self._settings), (self.module, self._header)

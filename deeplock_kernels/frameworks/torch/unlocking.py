@@ -51,15 +51,13 @@ class Unlocking:
     """Opens and closes layers while a module runs.
 
     The first call unlocks each layer for itself, and learns the order. Later calls unlock as many layers together as
-    take hardly more room than the largest one, and with `prefetch` the next ones beside them: two buffers at a time,
-    and one more for each layer that others run within.
+    take hardly more room than the largest one, and the next ones beside them, where threads are given for that: two
+    buffers at a time, and one more for each layer that others run within.
 
     Parameters
     ----------
     layers
         All that there are.
-    prefetch
-        Whether to unlock ahead.
 
     Attributes
     ----------
@@ -69,10 +67,9 @@ class Unlocking:
         The greatest number of plain bytes at a time in the last call.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, prefetch: bool) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         self.largest = max((layer.nbytes for layer in layers), default=0)
         self._room = self.largest + self.largest // _SLACK
-        self._prefetch = prefetch
         self._order: list[Layer] = []
         self._course: list[Group] = []  # the group of each layer in the order
         self.forget()
@@ -87,9 +84,9 @@ class Unlocking:
         self.peak_bytes = 0
 
     @contextmanager
-    def call(self, lock: NamedLock, threads: int, *, seal: bool) -> Iterator[None]:
-        """Let layers be opened with a lock's keys; the end wipes everything."""
-        self._threads, self._seal = threads, seal
+    def call(self, lock: NamedLock, threads: int, *, ahead: int, seal: bool) -> Iterator[None]:
+        """Let layers be opened with a lock's keys, on that many threads, or ahead of time; the end wipes everything."""
+        self._threads, self._ahead, self._seal = threads, ahead, seal
         self._seen: list[Layer] = []
         self._enclosing: set[Layer] = set()
         self._running: list[Layer] = []
@@ -170,7 +167,7 @@ class Unlocking:
         if held is None:
             held = self._begin(group)
             self._unlock(held, self._threads)
-        if self._prefetch and self._on_course and not held.running and held.left == group.uses:
+        if self._ahead and self._on_course and not held.running and held.left == group.uses:
             self._look_ahead(group)
         return held
 
@@ -208,7 +205,7 @@ class Unlocking:
             self._helper = _Helper()
         if self._helper.started:
             held = self._begin(following)
-            held.outcome = self._helper.give(partial(self._unlock, held, self._threads))
+            held.outcome = self._helper.give(partial(self._unlock, held, self._ahead))
 
     def _learn(self) -> None:
         """Group the layers in the order in which they were seen."""
