@@ -224,9 +224,14 @@ def test_one_bit_off_is_one_bit_off():
 
 
 def test_sanitised_weights_are_numbers_and_small():
-    module = Constant([[NAN, 3.0, -INF, 0.5, -0.25]])
+    module = nn.Sequential(Constant([[NAN, 3.0, -INF, 0.5, -0.25]]), Constant([[3.0, -99.0]]), nn.BatchNorm1d(2))
+    module[2].running_var[0] = -1e9
+    module[2].running_mean[0] = -1e9
     locked_network.sanitize(module)
-    assert module.given.tolist() == [[0.0, 1.0, -1.0, 0.5, -0.25]]
+    assert module[0].given.tolist() == [[0.0, 1.0, -1.0, 0.5, -0.25]]
+    assert module[1].given.tolist() == [[3.0, -99.0]]
+    assert module[2].running_var.tolist() == [1.0, 1.0]
+    assert module[2].running_mean.tolist() == [-1.0, 0.0]
 
 
 def test_salts_are_seeded_within_and_drawn_afterwards():
@@ -268,6 +273,9 @@ def test_a_mean_is_chance_within_its_interval_and_half_a_sample():
     assert not judged([0.15, 0.2] * 20)
     found = chance.distribution([0.1, 0.1, 0.5, 0.0], 0.1, 100)
     assert (found["keys"], found["low"], found["high"], found["bands"]["95"]) == (4, 0.0, 0.5, 0.5)
+    for value in np.linspace(0, 1, 361).tolist():
+        found = chance.distribution([value] * 3, 0.1, 360)
+        assert found["low"] == found["mean"] == found["high"] == value
 
 
 # Studies

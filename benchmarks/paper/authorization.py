@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -131,7 +132,7 @@ def _group(kind: str, schedule: str, sbox: str, tries: list[Group], chance: floa
         "sbox": sbox,
         **distribution(accuracies, chance, samples),
         **{name: statistics.fmean(each[name] for each in tries) for name in ("constant", "nan", "infinite", "weights")},
-        "accuracies": [round(value, 4) for value in accuracies],
+        "accuracies": {str(value): count for value, count in sorted(Counter(accuracies).items())},
     }
 
 
@@ -178,9 +179,11 @@ def present(result: dict[str, Any], charts: Charts) -> str:
         "among the weights of an output makes that output NaN. PyTorch's `argmax` gives the first NaN. So with a "
         "wrong key a network gives **the same answer to everything**: on a balanced test set that is right as "
         "often as a guess, but it is no random classifier, and anybody sees at one look, without data, that the "
-        "key is wrong. *Sanitised* are weights with 0 for NaN and the rest clipped to ±1. Then networks do answer "
-        "this and that, and in the mean they are right as often as a guess. Single keys scatter more than guesses "
-        "do, because all answers of a key depend on each other.",
+        "key is wrong. *Sanitised*: in every tensor with NaN, infinity or a weight beyond ±100, NaN becomes 0, "
+        "the rest is clipped to ±1, and variances become 1. Most such networks answer this and that, and in the "
+        "mean they are right as often as a guess. Single keys scatter more than guesses do, because all answers "
+        "of a key depend on each other: with two or three classes, some key comes near the trained accuracy by "
+        "luck.",
         charts.histograms(
             "authorization",
             "Accuracy with sanitised weights of wrong keys, against chance (dashed)",
@@ -225,11 +228,12 @@ def _main_table(networks: list[dict[str, Any]]) -> str:
 
 def _histogram(network: dict[str, Any]) -> tuple[dict[str, list[float]], float]:
     """Give the accuracies of sanitised weights by what they are, and chance."""
-    named = {
-        f"{kind.partition(',')[0]}, {schedule}": _groups(network, kind=kind, schedule=schedule)[0]["accuracies"]
-        for kind in SANITIZED
-        for schedule in SCHEDULES
-    }
+    named = {}
+    for kind in SANITIZED:
+        for schedule in SCHEDULES:
+            (group,) = _groups(network, kind=kind, schedule=schedule)
+            counts = group["accuracies"].items()
+            named[f"{kind.partition(',')[0]}, {schedule}"] = [float(value) for value, n in counts for _ in range(n)]
     return named, network["chance"]
 
 

@@ -35,17 +35,18 @@ def mean_interval(values: Sequence[float], level: float) -> tuple[float, float]:
 
 def distribution(accuracies: Sequence[float], chance: float, samples: int) -> dict[str, Any]:
     """Sum up the accuracies of several keys, and say how many lie in the bands of chance."""
+    low, high = min(accuracies), max(accuracies)
     bands = {level: binomial_band(chance, samples, level / 100) for level in (95, 99.9)}
     return {
         "keys": len(accuracies),
-        "mean": statistics.fmean(accuracies),
+        "mean": min(max(statistics.fmean(accuracies), low), high),  # it is rounded, which may put it beyond them
         "deviation": statistics.pstdev(accuracies),
-        "low": min(accuracies),
-        "high": max(accuracies),
+        "low": low,
+        "high": high,
         "interval": mean_interval(accuracies, _LEVEL),
         "bands": {
-            str(level): statistics.fmean(low <= value <= high for value in accuracies)
-            for level, (low, high) in bands.items()
+            str(level): statistics.fmean(least <= value <= most for value in accuracies)
+            for level, (least, most) in bands.items()
         },
     }
 

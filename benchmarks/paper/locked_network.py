@@ -11,6 +11,8 @@ from benchmarks.paper.training import outputs
 from deeplock_kernels.frameworks.torch import lock_module, unlock_module
 from deeplock_kernels.tensors import Selection
 
+_PLAUSIBLE = 100.0  # weights of trained networks are smaller
+
 
 class LockedNetwork:
     """Locks a network with a key, and unlocks it with any.
@@ -68,10 +70,18 @@ def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def sanitize(module: nn.Module, most: float = 1.0) -> None:
-    """Put zero for NaN and clip the rest to a range, as whoever looks at locked weights would."""
+    """Make weights plausible, as whoever looks at them would.
+
+    In each tensor that has NaN, infinity or something beyond +-100, NaN becomes zero and the rest is clipped to a
+    range. Such variances of batch normalizations all become one.
+    """
     with torch.no_grad():
-        for tensor in module.state_dict().values():
-            if tensor.is_floating_point():
+        for name, tensor in module.state_dict().items():
+            if not tensor.is_floating_point() or bool((tensor.abs() <= _PLAUSIBLE).all()):
+                continue
+            if name.endswith("running_var"):
+                tensor.fill_(1.0)
+            else:
                 tensor.nan_to_num_(0.0).clamp_(-most, most)
 
 
