@@ -58,8 +58,8 @@ SANITISERS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 PLAIN, SCRATCH, LAST_LOCKED = "plain weights", "from scratch", "only the last layer locked, ranked"
 RANDOM_CLIPPED = "random bytes, clipped"
-# What everybody can start from just as well. Clipped bytes spread wider than a fresh initialisation, which may help; those
-# of a locked network must not do more than any others.
+# What everybody can start from just as well. Clipped bytes spread wider than a fresh initialisation, which may help;
+# those of a locked network must not do more than any others.
 CONTROLS: Mapping[str, str] = {start: RANDOM_CLIPPED if start == CLIPPED else SCRATCH for start in SANITISERS}
 
 
@@ -96,8 +96,9 @@ def _sanitised(
 
 def balanced_order(y: Tensor, random: np.random.Generator) -> Tensor:
     """Give the samples in an order of which every beginning has about as many of each class."""
-    order = random.permutation(len(y))
-    rank = np.empty(len(y), np.int64)
-    for label in np.unique(y):
-        rank[order[y.numpy()[order] == label]] = np.arange((y == label).sum())
+    labels, order = y.numpy(), random.permutation(len(y))
+    rank = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
     return torch.from_numpy(order[np.argsort(rank[order], kind="stable")])
