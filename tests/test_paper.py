@@ -19,11 +19,17 @@ from torch import nn  # noqa: E402
 
 from benchmarks.paper import __main__ as command  # noqa: E402
 from benchmarks.paper import (  # noqa: E402
+    approximation,
+    attacker,
     authorization,
     chance,
     charts,
     cost,
     data,
+    fine_tuning,
+    key_from_floats,
+    key_recovery,
+    known_plaintext,
     locked_bytes,
     locked_network,
     networks,
@@ -32,7 +38,7 @@ from benchmarks.paper import (  # noqa: E402
     seeding,
     training,
 )
-from deeplock_kernels import named_lock  # noqa: E402
+from deeplock_kernels import lock_tensors, named_lock, reference  # noqa: E402
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 WINE = networks.ARCHITECTURES["MLP, wine"]
@@ -443,3 +449,267 @@ def test_charts_give_the_line_that_shows_them(tmp_path):
     assert drawn.histograms("c", "C", {"one": ({"s": [1.0, 1.0]}, 0.5), "two": ({"s": [2.0]}, None)}) == "![C](c.svg)"
     assert drawn.names == ["a", "b", "c"]
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in "abc" for kind in ("svg", "png")}
+
+
+# The master key from a key stream
+
+
+BITS = (128, 192, 256)
+
+
+def master_key(bits):
+    return np.random.default_rng(bits).bytes(bits // 8)
+
+
+def floats(count=6000):
+    return np.random.default_rng(5).normal(0, 0.1, count).astype(np.float32).view(np.uint8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_key_expansion_runs_backwards_from_any_byte(bits):
+    key, size = master_key(bits), bits // 8
+    stream = reference.expansion_keystream(key, 4000)
+    for position in (*range(2 * size + 1), 51 * size + 3, 3900):
+        assert key_recovery.run_backwards(stream[position : position + size], position) == key
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_byte_of_an_expansion_follows_and_a_changed_one_does_not(bits):
+    size = bits // 8
+    stream = np.frombuffer(reference.expansion_keystream(master_key(bits), 60 * size), np.uint8).copy()
+    assert key_recovery.follows(stream, size)[size:].all()
+    assert not key_recovery.follows(stream, size)[:size].any()
+    stream[500] ^= 1
+    changed = np.flatnonzero(~key_recovery.follows(stream, size)[size:]) + size
+    assert {500, 500 + size} <= {*changed} and changed.min() == 500 and len(changed) <= 7  # noqa: PT018
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_run_of_right_guesses_gives_up_the_key_of_the_expansion_if_it_is_long_enough(bits):
+    for known, given in ((bits // 8 + 4, True), (bits // 8 + 3, False)):
+        plain = {"w": floats(), "known": np.full(known, 7, np.uint8), "behind": floats()}
+        locked = {name: tensor.copy() for name, tensor in plain.items()}
+        header = lock_tensors(locked, master_key(bits), schedule="expansion")
+        guesses = {name: np.full_like(tensor, 7) for name, tensor in plain.items()}
+        found = key_recovery.recover(locked, header, guesses)
+        assert found == key_recovery.Recovery(*((master_key(bits), ("known",)) if given else (None, ())))
+
+
+def test_the_longest_run_is_found():
+    true = np.array([1, 0, 1, 1, 1, 0, 1, 1], bool)
+    assert key_recovery.longest_run(true) == (2, 5)
+    assert key_recovery.longest_run(true[:0]) == key_recovery.longest_run(~true[:1]) == (0, 0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_locked_floats_alone_give_up_the_key_of_the_expansion(bits):
+    for odd in (0, 3):  # at any place of a word
+        locked = {"odd": np.zeros(odd, np.uint8), "w": floats()}
+        header = lock_tensors(locked, master_key(bits), schedule="expansion")
+        found = key_from_floats.find_key(locked, header, {"w": 4}, 60)
+        assert found is not None
+        assert found.key == master_key(bits)
+        assert found.tensors == ("w",)
+        assert found.nbytes == bits // 8 * key_from_floats.window_rounds(bits // 32)
+
+
+def test_locked_halves_of_floats_give_up_the_key_too():
+    locked = {"w": floats().reshape(-1, 4)[:, 2:].copy().reshape(-1)}
+    header = lock_tensors(locked, master_key(256), schedule="expansion")
+    found = key_from_floats.find_key(locked, header, {"w": 2}, 60)
+    assert found is not None
+    assert found.key == master_key(256)
+
+
+@pytest.mark.parametrize("bits", [128, 256])
+def test_locked_floats_give_up_no_key_of_the_counter_and_random_bytes_none_at_all(bits):
+    locked = {"w": floats()}
+    header = lock_tensors(locked, master_key(bits))
+    assert key_from_floats.find_key(locked, header, {"w": 4}, 60) is None
+    locked = {"w": np.random.default_rng(1).integers(0, 256, 24_000, np.uint8)}
+    header = lock_tensors(locked, master_key(bits), schedule="expansion")
+    assert key_from_floats.find_key(locked, header, {"w": 4}, 60) is None
+
+
+# What attackers start from
+
+
+LOCKED = torch.tensor([[NAN, 1e38, -1e-30], [math.inf, -3.0, 0.01]])
+FRESH = torch.tensor([[0.1, -0.2, 0.3], [-0.1, 0.0, 0.2]])
+
+
+def test_sanitised_weights_are_finite_and_like_fresh_ones():
+    made = {name: sanitiser(LOCKED.clone(), FRESH) for name, sanitiser in attacker.SANITISERS.items()}
+    assert locked_network.same_bytes(made[attacker.AS_THEY_ARE], LOCKED)
+    expected = torch.tensor([[0, 1e38, -1e-30], [0, -3.0, 0.01]])
+    assert torch.equal(made[attacker.ZEROED], expected)
+    assert torch.equal(made[attacker.CLIPPED], torch.tensor([[0, 0.3, -1e-30], [0.3, -0.2, 0.01]]))
+    assert made[attacker.RESCALED].isfinite().all()
+    assert made[attacker.RESCALED].mean().item() == pytest.approx(FRESH.mean().item(), abs=1e-6)
+    assert made[attacker.RESCALED].std().item() == pytest.approx(FRESH.std().item(), rel=1e-5)
+    assert torch.equal(made[attacker.RANKED].flatten().sort().values, FRESH.flatten().sort().values)
+    assert made[attacker.RANKED].argmax() == 1
+    assert made[attacker.RANKED].argmin() == 4
+    ones = torch.ones(4)
+    assert all(torch.equal(attacker.SANITISERS[name](ones, ones), ones) for name in attacker.SANITISERS)
+
+
+def test_a_locked_start_bears_nothing_of_the_plain_weights_and_a_partly_locked_one_bears_the_rest():
+    with seeding.seeded(3) as random:
+        starts = attacker.starts(WINE, True, random)
+    plain = starts[attacker.PLAIN].state_dict()
+    for name, start in starts.items():
+        equal = {tensor for tensor, value in start.state_dict().items() if torch.equal(value, plain[tensor])}
+        if name == attacker.LAST_LOCKED:
+            assert equal == plain.keys() - {"5.weight", "5.bias"}
+        else:
+            assert equal == (plain.keys() if name == attacker.PLAIN else set())
+
+
+def test_every_beginning_of_the_attackers_data_has_as_many_of_each_class():
+    y = data.digits().train_y
+    order = attacker.balanced_order(y, np.random.default_rng(1))
+    assert sorted(order.tolist()) == [*range(len(y))]
+    for count in (10, 50, 140):
+        assert np.ptp(np.bincount(y[order[:count]], minlength=10)) <= 1
+    assert not torch.equal(order, attacker.balanced_order(y, np.random.default_rng(2)))
+
+
+# Fine-tuning
+
+
+def test_a_learning_rate_is_chosen_by_the_other_seeds():
+    scores = np.array([[[0.9, 0.1, 0.1], [0.2, 0.3, 0.4]]])  # of one share: [rate][seed]
+    assert fine_tuning._best_rate(scores).tolist() == [[0.2, 0.1, 0.1]]
+
+
+def tuned(**scores):
+    """Give a result in which each start has the same scores with both shares."""
+    names = {"plain": attacker.PLAIN, "scratch": attacker.SCRATCH, "ranked": attacker.RANKED}
+    each = {names[name]: [value, value] for name, value in scores.items()}
+    return {"net": {"shares": [0.1, 0.5], "scores": {fine_tuning.ALL: each}}}
+
+
+def test_a_locked_start_that_does_better_is_noticed():
+    plain, scratch = [0.9, 0.91, 0.92], [0.7, 0.72, 0.71]
+    better = [value + 0.1 for value in scratch]
+    assert fine_tuning.check(tuned(plain=plain, scratch=scratch, ranked=scratch)) == []
+    assert fine_tuning.check(tuned(plain=plain, scratch=scratch, ranked=[0.3, 0.3, 0.4])) == []
+    assert len(fine_tuning.check(tuned(plain=plain, scratch=scratch, ranked=better))) == 3
+    assert len(fine_tuning.check(tuned(plain=scratch, scratch=scratch, ranked=scratch))) == 1
+    found = tuned(plain=plain, scratch=scratch, ranked=scratch)
+    found["net"]["scores"][fine_tuning.ALL][attacker.RANKED][0] = [value + 0.04 + value / 1000 for value in scratch]
+    assert len(fine_tuning.check(found)) == 1
+
+
+def test_fine_tuning_is_seeded_and_written(monkeypatch, tmp_path):
+    plan = fine_tuning.Plan((0.1, 0.5), (1e-2, 3e-2), 6, 2, (attacker.PLAIN, attacker.SCRATCH, attacker.RANKED))
+    monkeypatch.setattr(fine_tuning, "_QUICK_PLANS", {"MLP, wine": plan})
+    found = fine_tuning.measure(True, 1)
+    assert fine_tuning.measure(True, 1) == found
+    assert np.shape(found["MLP, wine"]["scores"][fine_tuning.ALL][attacker.PLAIN]) == (2, 2)
+    page = fine_tuning.present(json.loads(json.dumps(found)), charts.Charts(tmp_path, ""))
+    assert "![Fine-tuning of MLP, wine: mean and range over seeds](fine_tuning_mlp__wine.svg)" in page
+
+
+# Approximation
+
+
+def test_a_genetic_search_finds_what_can_be_found_within_its_budget():
+    target, asked = torch.linspace(-1, 1, 8), []
+
+    def fitness(weights):
+        asked.append(weights)
+        return -float((weights - target).abs().sum())
+
+    curve, best = approximation.evolve(
+        torch.zeros(8), torch.ones(8), fitness, 600, torch.Generator().manual_seed(1)
+    )
+    assert 570 < len(asked) == curve[-1][0] <= 600
+    assert curve[-1][1] == fitness(best) > -1.5
+    assert [score for _, score in curve] == sorted(score for _, score in curve)
+
+
+def test_a_climb_finds_a_key_where_there_is_something_to_climb():
+    key = bytes(range(4))
+
+    def fitness(guess):
+        return -(int.from_bytes(guess, "big") ^ int.from_bytes(key, "big")).bit_count()
+
+    found, best = approximation.climb(b"\xff" * 4, fitness, 400, np.random.default_rng(1))
+    assert (found, best) == (key, 0)
+    assert approximation._distance(key, approximation._flipped(key, [0, 9, 31])) == 3
+
+
+def searched(ranked=0.3, nearest=100, best=0.2, wrong=0.2, right=0.9):
+    keys = {"distances": {"0": [right], "1": [0.1, wrong]}, "searches": {approximation.CLIMB: [(best, nearest)]}}
+    genetic = {
+        start: [{"accuracy": value + step / 100, "curve": []} for step in (0, 1, 2)]
+        for start, value in ((attacker.SCRATCH, 0.3), (attacker.RANKED, ranked))
+    }
+    return {"net": {"chance": 0.1, "trained": 0.9, "genetic": genetic, "keys": {"counter": keys}}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaints"),
+    [({}, 0), ({"ranked": 0.2}, 0), ({"ranked": 0.4}, 1), ({"ranked": 0.6}, 2), ({"nearest": 0}, 1)]
+    + [({name: 0.5}, 1) for name in ("best", "wrong", "right")],
+)
+def test_a_search_that_leads_somewhere_is_noticed(changed, complaints):
+    assert len(approximation.check(searched(**changed))) == complaints
+
+
+def test_approximation_is_seeded_and_written(monkeypatch, tmp_path):
+    plan = approximation.Plan(60, 2, (attacker.SCRATCH, attacker.RANKED), 4)
+    monkeypatch.setattr(approximation, "_QUICK_PLANS", {"MLP, wine": plan})
+    found = approximation.measure(True, 1)
+    assert approximation.measure(True, 1) == found
+    page = approximation.present(json.loads(json.dumps(found)), charts.Charts(tmp_path, ""))
+    assert "(approximation_mlp__wine.svg)" in page
+    assert "(approximation_keys.svg)" in page
+
+
+# Known plaintext
+
+
+def attacked(**changed):
+    row = {"network": "MLP, digits", "state": known_plaintext.TRAINED, "bits": 128, "right": 8}
+    row["expansion"] = {"unlocked": changed.pop("unlocked", False), "tensors": []}
+    row["counter"] = {"key_found": False, "equal": 1 / 256, "bytes": 10**6} | changed.pop("counter", {})
+    row["floats"] = {"expansion": {"tensors": ["w"], "nbytes": 1}, "counter": None} | changed.pop("floats", {})
+    return {"rows": [row | changed]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaints"),
+    [
+        ({}, 0),
+        ({"right": 20}, 1),
+        ({"right": 20, "unlocked": True}, 0),
+        ({"state": known_plaintext.ON_A_BASE}, 1),
+        ({"counter": {"key_found": True}}, 1),
+        ({"counter": {"equal": 0.005}}, 1),
+        ({"floats": {"counter": {"tensors": ["w"], "nbytes": 1}}}, 1),
+        ({"floats": {"expansion": None}}, 1),
+    ],
+)
+def test_a_schedule_that_gives_up_its_key_where_it_must_not_or_keeps_it_where_it_must_is_noticed(changed, complaints):
+    assert len(known_plaintext.check(attacked(**changed))) == complaints
+
+
+def test_the_attacks_break_the_expansion_of_a_network_and_not_the_counter(monkeypatch, tmp_path):
+    monkeypatch.setattr(known_plaintext, "_QUICK", ("MLP, wine",))
+    monkeypatch.setattr(known_plaintext, "BITS", (128, 256))
+    found = known_plaintext.measure(True, 1)
+    assert known_plaintext.check(found) == []
+    unlocked = {(row["state"], row["bits"]) for row in found["rows"] if row["expansion"]["unlocked"]}
+    assert unlocked == {(known_plaintext.ON_A_BASE, bits) for bits in (128, 256)}
+    page = known_plaintext.present(json.loads(json.dumps(found)), charts.Charts(tmp_path, ""))
+    assert "| MLP, wine, last layer trained on a public base | " in page
+
+
+def test_untrained_normalizations_are_guessed():
+    module = nn.Sequential(nn.BatchNorm2d(8), nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16()
+    plain, guesses = known_plaintext._bytes(module.state_dict()), known_plaintext._conventions(module)
+    right = {name for name, tensor in plain.items() if np.array_equal(tensor, guesses[name])}
+    assert right == plain.keys() - {"2.weight", "2.bias"}

@@ -15,11 +15,23 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.paper import authorization, cost, locked_bytes, partial, report
+from benchmarks.paper import (
+    approximation,
+    authorization,
+    cost,
+    fine_tuning,
+    known_plaintext,
+    locked_bytes,
+    partial,
+    report,
+)
 
 STUDIES: Mapping[str, ModuleType] = {
     "authorization": authorization,
     "partial": partial,
+    "fine_tuning": fine_tuning,
+    "approximation": approximation,
+    "known_plaintext": known_plaintext,
     "cost": cost,
     "locked_bytes": locked_bytes,
 }
