@@ -220,26 +220,27 @@ def present(result: dict[str, Any], charts: Charts) -> str:
         "no pattern, so that they were gathered and locked by `lock`. Where a whole network is near chance here, "
         "all that its other layers have learnt still lies open: only locking everything hides it.",
     )
-    for state, what in (("sanitised", "locked and sanitised"), ("replaced", "replaced by an untrained network's")):
-        parts.append(
-            charts.lines(
-                f"partial_{state}",
-                f"Accuracy when the first layers are {what}",
-                "share of the bytes locked, in percent",
-                "accuracy",
-                {
-                    network["name"]: [(0.0, *3 * (network["before"],))]
-                    + [
-                        (100 * part["share"], part[state]["low"], part[state]["mean"], part[state]["high"])
-                        for part in network["parts"]
-                        if part["label"].startswith(("the first", EVERYTHING))
-                    ]
-                    for network in networks
-                },
-                limit=networks[0]["chance"],
-            )
+    parts.append(
+        charts.lines(
+            "partial",
+            "Accuracy when the first layers are replaced by an untrained network's",
+            "share of the bytes locked, in percent",
+            "accuracy",
+            {network["name"]: _prefixes(network) for network in networks},
+            limit=networks[0]["chance"],
         )
+    )
     return "\n\n".join(parts)
+
+
+def _prefixes(network: dict[str, Any]) -> list[tuple[float, float, float, float]]:
+    """Give the accuracies against the share of bytes, for more and more of the first layers."""
+    points = [(0.0, *3 * (network["before"],))]
+    for part in network["parts"]:
+        if part["label"].startswith(("the first", EVERYTHING)):
+            found = part["replaced"]
+            points.append((100 * part["share"], found["low"], found["mean"], found["high"]))
+    return points
 
 
 def _cell(found: dict[str, Any]) -> str:
