@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -495,6 +496,15 @@ def test_a_run_of_right_guesses_gives_up_the_key_of_the_expansion_if_it_is_long_
         assert found == key_recovery.Recovery(*((master_key(bits), ("known",)) if given else (None, ())))
 
 
+def test_a_key_that_the_header_does_not_know_is_not_given():
+    locked = {"known": np.zeros(40, np.uint8)}
+    header = lock_tensors(locked, master_key(128), schedule="expansion")
+    guesses = {"known": np.zeros(40, np.uint8)}
+    assert key_recovery.recover(locked, header, guesses).key == master_key(128)
+    other = dataclasses.replace(header, check=bytes(16))
+    assert key_recovery.recover(locked, other, guesses) == key_recovery.Recovery(None, ())
+
+
 def test_the_longest_run_is_found():
     true = np.array([1, 0, 1, 1, 1, 0, 1, 1], bool)
     assert key_recovery.longest_run(true) == (2, 5)
@@ -522,10 +532,14 @@ def test_locked_halves_of_floats_give_up_the_key_too():
 
 
 @pytest.mark.parametrize("bits", [128, 256])
-def test_locked_floats_give_up_no_key_of_the_counter_and_random_bytes_none_at_all(bits):
+def test_locked_floats_give_up_no_key_but_that_of_the_expansion_and_random_bytes_none_at_all(bits):
     locked = {"w": floats()}
     header = lock_tensors(locked, master_key(bits))
     assert key_from_floats.find_key(locked, header, {"w": 4}, 60) is None
+    locked = {"w": floats()}
+    header = lock_tensors(locked, master_key(bits), schedule="expansion")
+    other = dataclasses.replace(header, check=bytes(16))  # which says that it was another key
+    assert key_from_floats.find_key(locked, other, {"w": 4}, 3) is None
     locked = {"w": np.random.default_rng(1).integers(0, 256, 24_000, np.uint8)}
     header = lock_tensors(locked, master_key(bits), schedule="expansion")
     assert key_from_floats.find_key(locked, header, {"w": 4}, 60) is None

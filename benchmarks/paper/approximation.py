@@ -68,7 +68,7 @@ _PLANS = {
     "MLP, digits": Plan(2100, 8, (*_STARTS, AS_THEY_ARE), 256),
     "LeNet-5": Plan(900, 3, _STARTS, 0),
 }
-_QUICK_PLANS = {"MLP, digits": Plan(600, 6, _STARTS, 60)}
+_QUICK_PLANS = {"MLP, digits": Plan(400, 5, _STARTS, 40)}
 
 
 def measure(quick: bool, seed: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ _PLANS = {
         _ALL_SHARES, (1e-3, 3e-3), 60, 4, (PLAIN, SCRATCH, RANDOM_CLIPPED, CLIPPED, RANKED, LAST_LOCKED)
     ),
 }
-_QUICK_PLANS = {"MLP, digits": Plan((0.02, 0.1, 0.5), (3e-3, 1e-2), 100, 6)}
+_QUICK_PLANS = {"MLP, digits": Plan((0.02, 0.2), (3e-3, 1e-2), 80, 5)}
 
 
 def measure(quick: bool, seed: int) -> dict[str, Any]:

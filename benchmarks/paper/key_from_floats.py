@@ -157,7 +157,7 @@ def _likeliest(high: Bytes, deviation: float) -> tuple[float, Bytes]:
     axes = [symbols.reshape([8 if axis == word else 1 for axis in range(chained)]) for word in range(chained)]
 
     def observed(index: int) -> NDArray[np.float64]:
-        return sum(cost[axis ^ int(high[index, word] & 7)] for word, axis in enumerate(axes))  # type: ignore[return-value]
+        return sum(cost[axis ^ int(high[index, word] & 7)] for word, axis in enumerate(axes))
 
     before = tuple(np.broadcast_to(axes[word] ^ axes[word - 1], (8,) * chained) for word in range(1, chained))
     total, choices = observed(0), []
@@ -179,8 +179,7 @@ def _likeliest(high: Bytes, deviation: float) -> tuple[float, Bytes]:
 def _sizes(deviation: float) -> NDArray[np.float64]:
     """Give the probabilities of the lower three bits of a high byte, for normally distributed weights."""
     edges = [math.erf(4.0 ** (exponent - 7) / 2 / deviation / 2**0.5) for exponent in range(9)]
-    edges[8] = math.erf(2 / deviation / 2**0.5)
-    edges[0] = 0.0
+    edges[0] = 0.0  # what is smaller yet is not told apart
     share = np.diff(edges) + _FLOOR
     return share / share.sum()
 
