@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small networks and few keys; the figures mean nothing")
     parser.add_argument("--out", type=Path, default=report.FOLDER, metavar="DIR", help="where the report goes")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of keys, salts and all else that is random")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of PyTorch; sums depend on it slightly")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch; figures depend on it slightly")
     parser.add_argument("--rewrite", action="store_true", help="only write the page anew from results.json in DIR")
     chosen = parser.parse_args(arguments)
     unknown = set(chosen.studies) - STUDIES.keys()
