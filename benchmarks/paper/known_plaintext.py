@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.paper.charts import Charts
 from benchmarks.paper.key_from_floats import find_key
 from benchmarks.paper.key_recovery import Bytes, longest_run, masked, recover, run_backwards
-from benchmarks.paper.networks import ARCHITECTURES, Architecture, quantized
+from benchmarks.paper.networks import ARCHITECTURES, Architecture
 from benchmarks.paper.seeding import seeded
 from benchmarks.paper.tables import percent, table
 from benchmarks.paper.training import train, trained
@@ -170,7 +170,7 @@ class Victim(NamedTuple):
 
 def _victims(architecture: Architecture, quick: bool) -> Iterator[Victim]:
     """Give a network in each state."""
-    untrained = _shipped(architecture.make(), architecture)
+    untrained = architecture.converted(architecture.make())
     yield Victim(UNTRAINED, _bytes(untrained.state_dict()), _conventions(untrained), _widths(untrained))
     module = trained(architecture, quick)
     yield Victim(TRAINED, _bytes(module.state_dict()), _conventions(module), _widths(module))
@@ -180,7 +180,7 @@ def _victims(architecture: Architecture, quick: bool) -> Iterator[Victim]:
     last = [*tuned.parameters()][-2:]
     x, y = data.train_x[:_SAMPLES], data.train_y[:_SAMPLES]
     train(tuned, x, y, epochs=1, learning_rate=architecture.learning_rate, seed=1, parameters=last)
-    tuned, base = _shipped(tuned, architecture), _shipped(base, architecture)
+    tuned, base = architecture.converted(tuned), architecture.converted(base)
     yield Victim(ON_A_BASE, _bytes(tuned.state_dict()), _bytes(base.state_dict()), _widths(tuned))
 
 
@@ -189,13 +189,6 @@ def _float_twin(architecture: Architecture) -> Architecture:
     return next(
         other for other in ARCHITECTURES.values() if other.make is architecture.make and other.dtype == "float32"
     )
-
-
-def _shipped(module: nn.Module, architecture: Architecture) -> nn.Module:
-    """Give the network with weights of the dtype that it is shipped with."""
-    if architecture.dtype == "int8":
-        return quantized(module)
-    return module.to(getattr(torch, architecture.dtype))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> dict[str, Bytes]:

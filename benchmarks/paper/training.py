@@ -93,8 +93,9 @@ def trained(architecture: Architecture, quick: bool) -> nn.Module:
     name = architecture.name, quick
     if name not in _trained:
         data = architecture.dataset()
-        module = architecture.untrained(0)
         epochs = max(architecture.epochs // 3, 1) if quick else architecture.epochs
-        train(module, data.train_x, data.train_y, epochs=epochs, learning_rate=architecture.learning_rate, seed=0)
+        with torch.random.fork_rng(devices=[]):  # what is drawn afterwards is the same whether it was trained or not
+            module = architecture.untrained(0)
+            train(module, data.train_x, data.train_y, epochs=epochs, learning_rate=architecture.learning_rate, seed=0)
         _trained[name] = architecture.converted(module)
     return copy.deepcopy(_trained[name])
