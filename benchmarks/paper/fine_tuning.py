@@ -185,8 +185,8 @@ from the plain weights. All have the same data, batches, steps and learning rate
 for a seed is the one that was best for the others. A control is what everybody has: scratch, and for clipped weights
 clipped random bytes, because those spread wider than a fresh initialisation, from which LeNet-5 learns a little
 faster, whosever bytes they are. What must hold: averaged over all shares, the 95 % interval of the difference to the
-control, paired by seed, stays below {margin}, and with no share is the difference larger than that and certain to
-99.9 %.
+control, paired by seed, stays below {margin}, which is as much as so few seeds can tell and less than half of what the
+plain weights are worth, and with no share is the difference larger than that and certain to 99.9 %.
 
 **Where it fails:** with partial locking. Where only the last layer is locked, training that layer anew on a few
 samples brings most of the accuracy back. And the resistance is no more than what training from scratch takes: whoever
