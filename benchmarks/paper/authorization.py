@@ -78,7 +78,8 @@ def _network(architecture: Architecture, quick: bool, seed: int) -> dict[str, An
                 add(NO_KEY, schedule, sbox, _without_key(network, random, asked[NO_KEY], x, y))
                 found["comes_back"][f"{schedule}, {sbox}"] = network.comes_back()
         found["after"] = answers(module, x, y)["accuracy"]
-        add(RANDOM_BYTES, "", "", _random_bytes(module, random, 10 if quick else 100, x, y))
+        draws = 10 if quick else 32 if architecture.costly else 100
+        add(RANDOM_BYTES, "", "", _random_bytes(module, random, draws, x, y))
     return found
 
 
@@ -88,7 +89,7 @@ def _numbers(quick: bool, architecture: Architecture, sbox: str) -> dict[str, in
         few = 10 if sbox == _DEFAULT_BOX else 2
         return {NO_KEY: 2, RANDOM: few, ONE_BIT: few, "sanitised": few}
     if sbox == _DEFAULT_BOX:
-        return {NO_KEY: 20, RANDOM: 100, ONE_BIT: 256, "sanitised": 32 if architecture.costly else 256}
+        return {NO_KEY: 20, RANDOM: 100, ONE_BIT: 256, "sanitised": 16 if architecture.costly else 256}
     return {NO_KEY: 2, RANDOM: 4, ONE_BIT: 8} if architecture.costly else {NO_KEY: 5, RANDOM: 100, ONE_BIT: 256}
 
 
