@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _complain("there is not enough memory; give a smaller size, or close other programs", FAILED)
     except KeyboardInterrupt:
-        print("deeplock: interrupted; nothing was changed", file=sys.stderr)
+        print("deeplock: interrupted; every file is as it was, or complete", file=sys.stderr)
         return INTERRUPTED
     except _OutputError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -548,6 +548,10 @@ def _rewrap_key(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"{arguments.output}: the same data key, wrapped by the new master key"
 
 
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
     from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import opened
@@ -561,11 +565,11 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
         header = None if layout.header is None else LockHeader.from_json(layout.header)
     else:
         checkpoint = read_checkpoint(place)
-        kind, tensors, shards = "safetensors", checkpoint.tensors, f" in {len(checkpoint.shards)} shards"
+        kind, tensors, shards = "safetensors", checkpoint.tensors, f" in {_count(checkpoint.shards, 'shard')}"
         header = checkpoint.header() if checkpoint.is_locked else None
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     yield (
-        f"{arguments.file}: {kind}, {len(tensors)} tensors{shards}, {nbytes:,} bytes, "
+        f"{arguments.file}: {kind}, {_count(tensors, 'tensor')}{shards}, {nbytes:,} bytes, "
         f"{'not locked' if header is None else 'locked'}"
     )
     if header is not None:

@@ -712,7 +712,7 @@ def test_interrupted_while_it_works(folder, run, monkeypatch, error):
             assert code == 0
             assert windows == [1] * 4
         else:
-            assert (code, out, err) == (130, "", "deeplock: interrupted; nothing was changed\n")
+            assert (code, out, err) == (130, "", "deeplock: interrupted; every file is as it was, or complete\n")
             assert windows == [1] * 3
             assert snapshot(folder) == before
 
@@ -750,7 +750,7 @@ def test_a_real_ctrl_c(folder, command):
     os.unlink("large")
     assert (running.returncode, out) == (130, "")
     # Before that line Python may say of a generator of its own that it was cut off.
-    assert err.splitlines()[-1] == "deeplock: interrupted; nothing was changed"
+    assert err.splitlines()[-1] == "deeplock: interrupted; every file is as it was, or complete"
     assert (folder / "new").read_text() == "old"
     assert not list(folder.glob(".*"))
 

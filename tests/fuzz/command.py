@@ -32,7 +32,7 @@ from deeplock_kernels.key_wrapping import wrap_key
 from deeplock_kernels.keys import MasterKey
 
 COMMANDS = [
-    "keygen", "lock", "unlock", "recover", "verify", "wrap-key", "rewrap-key",
+    "keygen", "lock", "unlock", "rekey", "recover", "verify", "wrap-key", "rewrap-key",
     "inspect", "tiers", "sboxes", "bench", "warmup", "demo",
 ]  # fmt: skip
 OPTIONS = [
@@ -108,7 +108,7 @@ def _check_done(
         assert not changed
         return
     command = parsed.run.__name__
-    outputs = dict.fromkeys(("_lock", "_unlock", "_wrap_key", "_rewrap_key"), "output")
+    outputs = dict.fromkeys(("_lock", "_unlock", "_rekey", "_wrap_key", "_rewrap_key"), "output")
     written = (outputs | {"_keygen": "keyfile"}).get(command)
     if written is None:
         assert not changed
@@ -117,19 +117,19 @@ def _check_done(
     path = parsed.input if getattr(parsed, "in_place", False) else getattr(parsed, written)
     target = folder.real(path)
     assert changed <= {target}
-    sources = {name: getattr(parsed, name, None) for name in ("key", "key_env", "passphrase_file", "wrapped_key")}
-    sources = {name: value for name, value in sources.items() if value is not None}
-    for name in sources.keys() - {"key_env"}:
-        assert target != folder.real(sources[name]), "the key is gone"
+    sources, new_sources = _keys(parsed, ""), _keys(parsed, "new_")
+    for name, value in [*sources.items(), *new_sources.items()]:
+        assert name == "key_env" or target != folder.real(value), "the key is gone"
     if command == "_keygen":
         assert target not in before
         assert re.fullmatch(rb"[0-9a-f]+\n", after[target])
         assert len(after[target]) == parsed.bits // 4 + 1
-    elif command == "_lock":
-        key = [f"--{name.replace('_', '-')}={value}" for name, value in sources.items()]
+    elif command in ("_lock", "_rekey"):
+        keys, plain = (sources, folder.real(parsed.input)) if command == "_lock" else (new_sources, "plain")
+        key = [f"--{name.replace('_', '-')}={value}" for name, value in keys.items()]
         code, _, err = folder.run(["unlock", *key, "--", path, "unlocked again"])
         assert code == cli.DONE, err
-        assert folder.content()["unlocked again"] == before[folder.real(parsed.input)]
+        assert folder.content()["unlocked again"] == before[plain]
     elif command in ("_wrap_key", "_rewrap_key"):
         assert target not in before
         assert after[target].startswith(b"deeplock-wrapped-key/1 ")
@@ -137,6 +137,13 @@ def _check_done(
         assert entry(read_table(folder.path / target)) is None
         assert folder.real(parsed.input) in (*SEALED, "unsealed")
         assert after[target] == before["plain"]
+
+
+def _keys(parsed: argparse.Namespace, prefix: str) -> dict[str, str]:
+    """Give where a command line says that a key comes from, by the name of the option."""
+    names = ("key", "key_env", "passphrase_file", "wrapped_key")
+    found = {name: getattr(parsed, prefix + name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class _Folder:
