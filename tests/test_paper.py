@@ -390,7 +390,7 @@ def test_the_command_writes_a_report_with_all_its_charts(monkeypatch, tmp_path, 
     for study in (authorization, partial, cost, locked_bytes):
         monkeypatch.setattr(study, "_QUICK", ("MLP, wine",))
     names = ["authorization", "partial", "cost", "locked_bytes"]
-    assert command.main(["--quick", "--threads", "1", "--out", str(tmp_path / "new"), *names]) == 0
+    assert command.main(["--quick", "--processes", "1", "--out", str(tmp_path / "new"), *names]) == 0
     page = (tmp_path / "new" / "report.md").read_text()
     document = json.loads((tmp_path / "new" / "results.json").read_text())
     assert [*document["studies"]] == names
@@ -411,7 +411,7 @@ def test_the_command_writes_a_report_with_all_its_charts(monkeypatch, tmp_path, 
 
 def test_the_page_is_written_anew_from_the_results(monkeypatch, tmp_path):
     monkeypatch.setattr(cost, "_QUICK", ("MLP, wine",))
-    arguments = ["--quick", "--threads", "1", "--out", str(tmp_path), "cost"]
+    arguments = ["--quick", "--processes", "1", "--out", str(tmp_path), "cost"]
     assert command.main(arguments) == 0
     page, results = ((tmp_path / name).read_bytes() for name in ("report.md", "results.json"))
     (tmp_path / "report.md").unlink()
@@ -423,7 +423,7 @@ def test_the_page_is_written_anew_from_the_results(monkeypatch, tmp_path):
 def test_the_command_fails_where_a_claim_does_not_hold(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cost, "_QUICK", ("MLP, wine",))
     monkeypatch.setattr(cost, "check", lambda result: ["nothing is as it was"])
-    assert command.main(["--quick", "--threads", "1", "--out", str(tmp_path), "cost"]) == 1
+    assert command.main(["--quick", "--processes", "1", "--out", str(tmp_path), "cost"]) == 1
     assert "does not hold: cost: nothing is as it was" in capsys.readouterr().out
     assert (tmp_path / "report.md").exists()
 

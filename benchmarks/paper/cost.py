@@ -18,6 +18,7 @@ from benchmarks.rounds import repeat, seconds_of
 from deeplock_kernels.frameworks.torch import KeyedModule, lock_module, unlock_module
 
 TITLE = "Cost: locking, unlocking, and a key for each query"
+ALONE = True  # nothing else may run beside what is timed
 _KEY = bytes(range(32))
 _QUICK = ("MLP, digits", "LeNet-5")
 _BATCHES = (1, 32)
