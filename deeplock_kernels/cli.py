@@ -131,7 +131,7 @@ def _parser(*, in_place: bool = False) -> argparse.ArgumentParser:
         "--schedule",
         type=_schedule,
         default="counter",
-        help="counter (default), or expansion, the paper's, which one known block of weights breaks",
+        help="counter (default), or expansion, the paper's, which gives away its key: to study it",
     )
     locker.add_argument(
         "--sbox", type=_sbox, default="aes", help="the S-Box (default aes); see `deeplock sboxes`"
@@ -581,7 +581,7 @@ def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
             n, r, p, _salt = header.passphrase
             yield f"the key is made from a passphrase, by scrypt with n {n}, r {r}, p {p}"
         if header.schedule == "expansion":
-            yield "warning: one known block of weights gives away the key of this schedule"
+            yield "warning: this schedule can give away the key, by one known block of weights or by their sizes alone"
     width = max((len(ascii(name)) for name in tensors), default=0)
     for name, tensor in tensors.items():
         record = header.tensors.get(name) if header is not None else None

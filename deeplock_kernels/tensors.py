@@ -50,7 +50,8 @@ def lock_tensors(
     key
         The master key: 16, 24 or 32 bytes, or a MasterKey.
     schedule
-        "counter" (the default), or "expansion", the paper's kind, which **one known block of plain bytes breaks**.
+        "counter" (the default), or "expansion", the paper's kind, which **one known block, or locked floats alone,
+        can break**.
     sbox
         The S-Box or its name. One of your own has to be given again to unlock.
     only

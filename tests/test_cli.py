@@ -779,7 +779,7 @@ def test_inspect_of_a_locked_file(folder, run, schedule):
         assert out.startswith("locked: safetensors, 3 tensors, 3,162 bytes, locked\nformat deeplock/1, schedule ")
         assert f"schedule {schedule}, S-Box {shown}" in out
         assert "key of 256 bits" in out
-        assert ("warning: one known block of weights gives away the key" in out) == (schedule == "expansion")
+        assert ("warning: this schedule can give away the key" in out) == (schedule == "expansion")
         states = {row.split()[0]: row.split()[-1] for row in out.splitlines() if row.startswith("  ")}
         assert states == {"'a.weight'": "sealed", "'a.bias'": "plain", "'b'": "sealed"}
         assert out.count("  locked, sealed\n") == 2

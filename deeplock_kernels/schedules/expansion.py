@@ -72,8 +72,9 @@ class ExpansionSchedule(Schedule):
 
     **It does not hold under known plaintext**: the expansion is a public bijection of its own state, so one
     known block (16 bytes for a 128-bit key, 24 for 192, 32 for 256) at a known position gives back the key.
-    Zero biases and normalization weights of exactly 1.0 are known plaintext in almost every model. Use it to
-    reproduce or study the paper; protect real models with CounterSchedule.
+    Zero biases and normalization weights of exactly 1.0 are known plaintext in almost every model, and where nothing
+    is known, the sizes of trained floats are alike: some hundred bytes of them can give back the key as well. Use it
+    to reproduce or study the paper; protect real models with CounterSchedule.
 
     Nor does it mix the key well: with one bit of the key changed, up to 44 % of the key stream stays as it was, by the
     word of the key in which that bit lies.
