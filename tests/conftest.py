@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from deeplock_kernels.runtime.tiers import TIERS, host_features, use_tier
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where `benchmarks` is, however pytest was started
 
 # Whoever started the tests may have had Ctrl-C ignored, as shells do for what runs in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,7 +14,6 @@ import pytest
 from deeplock_kernels import CounterSchedule, lock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # where `benchmarks` is, however pytest was started
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

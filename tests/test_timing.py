@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import gc
 import struct
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # where `benchmarks` is, however pytest was started
 
 from benchmarks import timing
 from deeplock_kernels.kernels.signatures import RECORDS
