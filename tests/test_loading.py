@@ -286,7 +286,7 @@ def test_after_its_end(files, plain):
 def test_the_keys_of_a_file_that_cannot_be_opened_are_wiped(files, monkeypatch):
     ended = []
     monkeypatch.setattr(NamedLock, "__exit__", lambda *_: ended.append(1))
-    monkeypatch.setattr(loading, "_state", lambda _file: 1 / 0)
+    monkeypatch.setattr(loading.OpenedFile, "state", lambda _file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         open_locked(files / "locked", KEY)
     assert ended == [1]
@@ -318,7 +318,7 @@ def test_a_change_beneath_it(files, tmp_path):
 def test_a_change_during_a_read_wipes_what_was_read(files, monkeypatch, read):
     with open_locked(files / "locked", KEY) as file:
         states = iter([file._state, (0, 0)])
-        monkeypatch.setattr(loading, "_state", lambda _file: next(states))
+        monkeypatch.setattr(loading.OpenedFile, "state", lambda _file: next(states))
         made = recorded(monkeypatch)
         work = file.get_tensor if read == "get_tensor" else lambda name: file.get_slice(name)[3:]
         refuse(errors.ContainerError, ValueError, f"{files / 'locked'}: it was changed", work, "long")

@@ -17,7 +17,7 @@ from support import BOXES
 
 import deeplock_kernels as deeplock
 from deeplock_kernels import cli, files
-from deeplock_kernels.checkpoints import shard_index, sharded, streaming, tasks
+from deeplock_kernels.checkpoints import shard_index, sharded, stores, streaming, tasks
 from deeplock_kernels.checkpoints.sharded import (
     RUN_FILE,
     lock_checkpoint,
@@ -676,6 +676,49 @@ def test_a_source_that_changes_meanwhile(plain, tmp_path, monkeypatch, when):
     with pytest.warns(ResumeWarning):
         lock_checkpoint(plain, tmp_path / "new", KEY)
     assert salt_of(tmp_path / "new") != salt
+
+
+def test_one_run_at_a_time_writes_into_a_target(plain, tmp_path):
+    refused = pytest.raises(FileAccessError, match="new: cannot be written: another run is at it")
+
+    def meanwhile(_nbytes):
+        with refused:
+            lock_checkpoint(plain, tmp_path / "new", KEY)
+        with refused:
+            lock_checkpoint(plain, tmp_path / "new", KEY, only="*.bias")
+
+    lock_checkpoint(plain, tmp_path / "new", KEY, progress=meanwhile)
+    unlock_checkpoint(tmp_path / "new", tmp_path / "back", KEY)
+    assert snapshot(tmp_path / "back") == snapshot(plain)
+
+
+def test_a_target_is_free_after_a_run_though_workers_that_it_forked_live_on(plain, tmp_path):
+    """They hold its descriptor of the directory, as a duplicate does here."""
+    held = []
+
+    def meanwhile(_nbytes):
+        links = {int(name): os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+        held.extend(os.dup(one) for one, place in links.items() if place == os.path.realpath(tmp_path / "new"))
+
+    lock_checkpoint(plain, tmp_path / "new", KEY, progress=meanwhile)
+    assert held
+    try:
+        for name in snapshot(tmp_path / "new"):
+            (tmp_path / "new" / name).unlink()
+        lock_checkpoint(plain, tmp_path / "new", KEY)
+    finally:
+        for one in held:
+            os.close(one)
+
+
+def test_file_systems_without_locks_keep_nobody_out(plain, tmp_path, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(stores.fcntl, "flock", refuse)
+    lock_checkpoint(plain, tmp_path / "new", KEY)
+    unlock_checkpoint(tmp_path / "new", tmp_path / "back", KEY)
+    assert snapshot(tmp_path / "back") == snapshot(plain)
 
 
 # The command

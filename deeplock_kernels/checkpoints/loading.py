@@ -43,7 +43,7 @@ from deeplock_kernels.errors import (
     TensorNameError,
     shown,
 )
-from deeplock_kernels.files import access_error, file_errors
+from deeplock_kernels.files import access_error
 from deeplock_kernels.locking import unlock
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
 from deeplock_kernels.pieces import Range
@@ -186,8 +186,7 @@ class LockedFile:
             if key is not None:
                 self._lock = stack.enter_context(NamedLock.from_header(key, header, check=check, sbox=sbox))
             self._layout, self._locked, self._file = model.layout, frozenset(header.tensors), model.files[0]
-            with file_errors(self._file.path, "read"):
-                self._state = _state(self._file)
+            self._state = self._file.state()
             self._stack: ExitStack | None = stack.pop_all()
         _open_files.add(self)
 
@@ -301,7 +300,7 @@ class LockedFile:
         return holding(self._guard, guarded)
 
     def _check_unchanged(self) -> None:
-        if _state(self._file) != self._state:
+        if self._file.state() != self._state:
             raise ContainerError(f"{self._layout.source}: it was changed while it was open; open it again")
 
     def _close(self) -> None:
@@ -516,12 +515,6 @@ def read_into(file: OpenedFile, target: Bytes, start: int) -> None:
         if not count:
             raise ContainerError(f"{file.path}: it became shorter while it was open; open it again")
         target, start = target[count:], start + count
-
-
-def _state(file: OpenedFile) -> tuple[int, int]:
-    """Give what changes when somebody writes to a file."""
-    status = os.fstat(file.file.fileno())
-    return status.st_size, status.st_mtime_ns
 
 
 _open_files: weakref.WeakSet[LockedFile] = weakref.WeakSet()

@@ -28,6 +28,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -100,7 +101,7 @@ def lock_checkpoint(
         files in it are copied, but for those that look like weights, which are refused: they would stay readable.
     dst_dir
         A new or empty directory, or one that an interrupted run of this has left, which is then continued; or a URL.
-        One run at a time may write there.
+        One run at a time may write there: another one is refused, where files can be locked, but not at a URL.
     key, sbox, only, seal
         As for `lock_tensors`.
     schedule
@@ -129,7 +130,8 @@ def lock_checkpoint(
     AlreadyLockedError
         It is locked.
     SameFileError, FileAccessError
-        One directory lies in the other, `dst_dir` holds something else, or a file cannot be read or written.
+        One directory lies in the other, `dst_dir` holds something else or another run is at it, or a file cannot be
+        read or written.
     KeyTypeError, KeyFormatError, UnknownNameError, TensorNameError, ParameterError
         Another argument is wrong.
 
@@ -740,7 +742,7 @@ class Work:
         self.target = store_at(dst_dir, "dst_dir")
         check_apart(store_at(src_dir, "src_dir"), self.target)
         self.source = read_checkpoint(src_dir, exclude=exclude)
-        self._locks: list[NamedLock] = []
+        self._stack = ExitStack()
         self._seals: Seals = {}
         self._macs: dict[str, str] = {}
         self._resumed = False
@@ -750,8 +752,7 @@ class Work:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for lock in self._locks:
-            lock.__exit__()
+        self._stack.close()
 
     def lock_anew(self, kind: str, lock: NamedLock, key: Key, chosen: list[str], seal: bool) -> None:
         """Say that these tensors are to be locked or rekeyed, with this new lock unless a run can be continued."""
@@ -763,7 +764,7 @@ class Work:
         whole = frozenset(chosen)
         self.sealed = whole if seal and kind == "lock" else frozenset()
         if self.old is not None:
-            self._locks.append(self.old)
+            self._stack.enter_context(self.old)
             self.sealed = frozenset(name for name in chosen if self.old.sealed(name))
 
     def unlock(self, lock: NamedLock, key: Key, seal: bool) -> None:
@@ -774,6 +775,7 @@ class Work:
 
     def _begin(self, lock: NamedLock, key: Key, continued: Callable[[NamedLock], None] | None) -> None:
         """Take up the run that the target holds, or write down a new one, before any byte of a shard."""
+        self._stack.enter_context(self.target.alone())
         names = self.target.names()
         kept = [name for name in names if not _is_own(name)]
         box = lock.box
@@ -815,7 +817,7 @@ class Work:
                 for name in sorted(kept, key=lambda name: name != known["index"]):
                     self.target.remove(name)
         self.lock = lock
-        self._locks.append(lock)
+        self._stack.enter_context(lock)
         for name in names:
             if _is_own(name) and name != RUN_FILE:
                 self.target.remove(name)  # half a file of a run that was killed

@@ -7,6 +7,8 @@ value that travels to other processes, which then need the same directory under 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 import posixpath
 import stat
@@ -26,6 +28,7 @@ from deeplock_kernels.errors import (
 from deeplock_kernels.files import access_error, atomic_output, check_regular, file_errors, path_text
 
 _COPIED = 1 << 20  # bytes that are copied at a time
+
 
 class Reader(Protocol):
     """A file that is open for reading."""
@@ -71,6 +74,9 @@ class Store(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
+
+    def alone(self) -> Any:
+        """Keep other runs from writing there, for the length of a `with` block, where there is a way to."""
 
 
 def store_at(place: Path, argument: str) -> Store:
@@ -178,6 +184,34 @@ class Directory:
         path = self.path(name)
         with file_errors(path, "removed"), suppress(FileNotFoundError):
             os.unlink(path)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out, and make the directory if there is none; see `Store.alone`.
+
+        A process that dies lets go of it. A file system without locks, as some in a network, keeps nobody out.
+
+        Raises
+        ------
+        FileAccessError
+            Another run is at it, or the directory cannot be made.
+        """
+        with file_errors(self.place, "written"):
+            os.makedirs(self.place, exist_ok=True)
+            descriptor = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                busy = OSError(errno.EAGAIN, "another run is at it; wait until that is over")
+                raise access_error(self.place, "written", busy) from error
+            except OSError:
+                pass
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: forked workers have the descriptor too
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -303,6 +337,11 @@ class ObjectStore:
         system, key = self._key(name)
         with file_errors(self.path(name), "removed"), suppress(FileNotFoundError):
             system.rm_file(key)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Do nothing: stores of objects have no locks in common."""
+        yield
 
 
 @dataclass(frozen=True)

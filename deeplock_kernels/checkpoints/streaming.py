@@ -34,6 +34,7 @@ from deeplock_kernels.errors import (
     SameFileError,
 )
 from deeplock_kernels.files import (
+    access_error,
     atomic_output,
     begin_flush,
     check_distinct,
@@ -423,6 +424,20 @@ class OpenedFile(NamedTuple):
         stops = [*(edit.start for edit in edits), self.size]
         return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
 
+    def state(self) -> tuple[int, int]:
+        """Give what another program changes of it when it writes to it.
+
+        Raises
+        ------
+        FileAccessError
+            That cannot be read.
+        """
+        try:
+            status = os.fstat(self.file.fileno())
+        except OSError as error:
+            raise access_error(self.path, "read", error) from error
+        return status.st_size, status.st_mtime_ns
+
 
 class Model(NamedTuple):
     """An opened file of weights: the main file and its companions."""
@@ -586,7 +601,7 @@ def _write(
     layout = model.layout
     checksums: Sequence[int] = [0] * len(layout.checksums)
     edits = model.format.edits(layout, header(), checksums)
-    states = [_state(file) for file in model.files]
+    states = [file.state() for file in model.files]
     grown = sum(len(edit.data) - (edit.stop - edit.start) for edit in edits)
     with ExitStack() as stack:
         sizes = [(file, file.size + (0 if file.companion else grown)) for file in model.files]
@@ -599,7 +614,7 @@ def _write(
                 checksums = _stream(file, output, tensors, edits, change, set(names), progress, layout.checksums)
         complete()
         for file, state in zip(model.files, states, strict=True):
-            if _state(file) != state:
+            if file.state() != state:
                 raise ContainerError(f"{file.path}: it was changed while it was read; nothing was written")
         # Seals, mac and checksums are known only now.
         shift = 0
@@ -636,13 +651,6 @@ def _target(dst: str, file: OpenedFile) -> str:
             "a file in another directory; the data files keep their names"
         ) from None
     return path
-
-
-def _state(file: OpenedFile) -> tuple[int, int]:
-    """Give what another program changes of a file when it writes to it."""
-    with file_errors(file.path, "read"):
-        status = os.fstat(file.file.fileno())
-    return status.st_size, status.st_mtime_ns
 
 
 def _stream(
