@@ -352,6 +352,28 @@ def test_what_only_we_refuse(case):
     refusal(short_file(STRICTER[case]))
 
 
+@pytest.mark.parametrize("case", HOSTILE | STRICTER)
+def test_a_tensor_of_the_usual_spelling_is_refused_as_of_any_other(case, monkeypatch):
+    raw = short_file((HOSTILE | STRICTER)[case])
+    message = refusal(raw)
+    monkeypatch.setattr(container._Scanner, "plain_fields", lambda _scanner: None)
+    assert refusal(raw) == message
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 10**19 - 1) | st.just(10**19), max_size=4), st.integers(0, 2**64), st.integers(0, 2**64))
+def test_a_tensor_of_the_usual_spelling_is_read_as_of_any_other(shape, start, stop):
+    scanner = container._Scanner(
+        f'{{"dtype":"F32","shape":{json.dumps(shape, separators=(",", ":"))},"data_offsets":[{start},{stop}]}} ', "file"
+    )
+    found = scanner.plain_fields()
+    if max(*shape, start, stop) < 10**19:
+        assert scanner.at == len(scanner.text) - 1
+        assert found == ("F32", tuple(shape), (start, stop))
+    else:
+        assert found is None  # and the other way of reading says whether that is too large
+
+
 @pytest.mark.parametrize(
     ("shape", "accepted", "words"),
     [

@@ -64,6 +64,10 @@ _FIELDS = ("dtype", "shape", "data_offsets")
 _NOT_WHITE = re.compile(r"[^ \t\n\r]")
 _BARE_WORD = re.compile(r'[^ \t\n\r,:\[\]{}"]*')
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,19}")
+_NUMBER = "(?:0|[1-9][0-9]{0,18})"
+_PLAIN_TENSOR = re.compile(  # the spelling of every known writer, which is read five times as fast
+    rf'{{"dtype":"([A-Z0-9_]+)","shape":\[({_NUMBER}(?:,{_NUMBER})*|)\],"data_offsets":\[({_NUMBER}),({_NUMBER})\]}}'
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KEPT_OBJECT = re.compile(" {1,8}:")
 _JSON = json.JSONDecoder()
@@ -302,6 +306,9 @@ class _Member(NamedTuple):
     value: Any
 
 
+_Fields = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
 class _Scanner:
     """Reads the only JSON that a table can be, three levels deep, and stops at anything else.
 
@@ -394,36 +401,50 @@ class _Scanner:
         return self.tensor(key)
 
     def tensor(self, name: str) -> TensorEntry:
-        what = f"tensor {_shown(name)}"
+        dtype, shape, offsets = self.plain_fields() or self.fields(f"tensor {_shown(name)}")
+
+        def refusal(got: str, accepted: str) -> ContainerError:
+            return self.error(f"tensor {_shown(name)}: got {got}", accepted)
+
+        if dtype not in DTYPE_BITS:
+            raise refusal(f"dtype {_shown(dtype)}", f"one of {', '.join(DTYPE_BITS)} is accepted")
+        if len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise refusal(f"data_offsets {_shown(list(offsets))}", "[begin, end] with begin <= end is accepted")
+        tensor = TensorEntry(name, dtype, shape, *offsets)
+        elements = 1
+        for length in shape:
+            elements *= length
+            if elements >= 2**64:
+                raise refusal(f"shape {_shown(list(shape))}", "fewer than 2**64 elements are accepted")
+        bits = elements * DTYPE_BITS[dtype]
+        if bits != tensor.nbytes * 8:
+            needed = f"{bits} bits are needed" if bits % 8 else f"{bits // 8} bytes are needed"
+            raise refusal(f"{tensor.nbytes} bytes for {dtype} of shape {_shown(list(shape))}", needed)
+        return tensor
+
+    def plain_fields(self) -> _Fields | None:
+        """Read the fields of a tensor if they are spelled as usual."""
+        found = _PLAIN_TENSOR.match(self.text, self.at)
+        if found is None:
+            return None
+        self.at = found.end()
+        dtype, shape, start, stop = found.groups()
+        return dtype, tuple(map(int, shape.split(","))) if shape else (), (int(start), int(stop))
+
+    def fields(self, what: str) -> _Fields:
+        """Read the fields of a tensor, in any order and with any white space."""
 
         def value(key: str) -> str | tuple[int, ...]:
             if key not in _FIELDS:
                 raise self.error(f"{what}: got the key {_shown(key)}", f"{', '.join(_FIELDS)} are accepted")
             return self.string(f"{what}: dtype") if key == "dtype" else self.integers(f"{what}: {key}")
 
-        fields = self.members(what, value)
-        if len(fields) < len(_FIELDS):
-            missing = next(key for key in _FIELDS if key not in fields)
+        found = self.members(what, value)
+        if len(found) < len(_FIELDS):
+            missing = next(key for key in _FIELDS if key not in found)
             raise self.error(f"{what}: got no {missing}", f"{', '.join(_FIELDS)} are accepted, all of them")
-        dtype, shape, offsets = (fields[key].value for key in _FIELDS)
-        if dtype not in DTYPE_BITS:
-            dtypes = ", ".join(DTYPE_BITS)
-            raise self.error(f"{what}: got dtype {_shown(dtype)}", f"one of {dtypes} is accepted")
-        if len(offsets) != 2 or offsets[0] > offsets[1]:
-            got = f"{what}: got data_offsets {_shown(list(offsets))}"
-            raise self.error(got, "[begin, end] with begin <= end is accepted")
-        tensor = TensorEntry(name, dtype, shape, *offsets)
-        elements = 1
-        for length in shape:
-            elements *= length
-            if elements >= 2**64:
-                got = f"{what}: got shape {_shown(list(shape))}"
-                raise self.error(got, "fewer than 2**64 elements are accepted")
-        bits = elements * DTYPE_BITS[dtype]
-        if bits != tensor.nbytes * 8:
-            got = f"{what}: got {tensor.nbytes} bytes for {dtype} of shape {_shown(list(shape))}"
-            raise self.error(got, f"{bits} bits are needed" if bits % 8 else f"{bits // 8} bytes are needed")
-        return tensor
+        dtype, shape, offsets = (found[key].value for key in _FIELDS)
+        return dtype, shape, offsets
 
 
 _SHORT = reprlib.Repr()
