@@ -15,6 +15,7 @@ from deeplock_kernels.runtime.tiers import Tier, kernel
 from deeplock_kernels.schedules.base import RCON_ADDRESS
 
 BLOCK = 16  # bytes, by which the pieces of a sealed tensor are cut
+_AT_ONCE = 64  # keys of a table that are made before they are put in place
 
 
 class Range(NamedTuple):
@@ -51,7 +52,8 @@ class KeyTable:
     derive
         Gives it, or what `complete` makes it of, by name.
     complete
-        Makes it at an address where `derive` has left the first bytes, and which is not its place.
+        Makes them of what `derive` gave for some names: `complete(target, source, count)`, with the addresses of
+        memory that is not their place.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class KeyTable:
         names: Iterable[str],
         nbytes: int,
         derive: Callable[[str], bytes],
-        complete: Callable[[int], object] | None = None,
+        complete: Callable[[int, int, int], object] | None = None,
     ) -> None:
         self._places = {name: i * nbytes for i, name in enumerate(names)}
         self._memory = bytearray(nbytes * max(len(self._places), 1))
@@ -73,20 +75,26 @@ class KeyTable:
 
     def need(self, names: Iterable[str]) -> None:
         """Derive what is needed now."""
-        for name in names:
-            if name not in self._derived:
+        missing = [name for name in names if name not in self._derived]
+        for i in range(0, len(missing), _AT_ONCE):
+            some = missing[i : i + _AT_ONCE]
+            made = self._made(some)
+            for at, name in enumerate(some):
                 place = self._places[name]
                 # Two threads may do this at once, and a kernel use the result already: it is put there whole.
-                self._memory[place : place + self._nbytes] = self._made(name)
-                self._derived.add(name)
+                self._memory[place : place + self._nbytes] = made[at * self._nbytes : (at + 1) * self._nbytes]
+            self._derived.update(some)
 
-    def _made(self, name: str) -> bytes:
+    def _made(self, names: list[str]) -> bytes:
+        derived = Hidden(b"".join(map(self._derive, names)))
         if self._complete is None:
-            return self._derive(name)
-        made = ctypes.create_string_buffer(self._derive(name), self._nbytes)
-        self._complete(ctypes.addressof(made))
+            return derived
+        source = ctypes.create_string_buffer(derived, len(derived))
+        made = ctypes.create_string_buffer(self._nbytes * len(names))
+        self._complete(ctypes.addressof(made), ctypes.addressof(source), len(names))
         whole = Hidden(made.raw)
-        ctypes.memset(made, 0, self._nbytes)
+        ctypes.memset(made, 0, len(made))
+        ctypes.memset(source, 0, len(source))
         return whole
 
     def wipe(self) -> None:
@@ -97,9 +105,8 @@ class KeyTable:
 
 def seal_key_table(names: Iterable[str], derive: Callable[[str], bytes], tier: Tier) -> KeyTable:
     """Make the table of what a tier's kernels seal with, given the seal key of each tensor."""
-    # A key of 32 bytes is made to what is longer, in its own place.
     make, pack = kernel(tier, KernelName("seal_keys")), RECORDS["seal_keys"].pack
-    return KeyTable(names, SEAL_KEYS_BYTES, derive, lambda place: make(pack(place, place, 1, RCON_ADDRESS)))
+    return KeyTable(names, SEAL_KEYS_BYTES, derive, lambda *places: make(pack(*places, RCON_ADDRESS)))
 
 
 class Tags:
