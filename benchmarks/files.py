@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import safetensors
@@ -28,6 +29,7 @@ from benchmarks import environment, processes
 from benchmarks.results import Spread, seconds_text, size_text
 from benchmarks.rounds import repeat
 from deeplock_kernels import load_file, lock_file, open_locked
+from deeplock_kernels.checkpoints import streaming
 
 KEY = secrets.token_bytes(32)
 ROW_TENSOR = "layer 0"
@@ -165,11 +167,8 @@ def locks(files: Files) -> list[Pair]:
         subprocess.run(["sync", target], check=True)
 
     def unflushed() -> None:
-        flush, os.fsync = os.fsync, lambda _: None
-        try:
+        with mock.patch.object(os, "fsync"), mock.patch.object(streaming, "begin_flush"):
             ours()
-        finally:
-            os.fsync = flush
 
     return [
         Pair("lock_file", "cp, then sync of the file", ours, copy_and_flush, before=clear),
