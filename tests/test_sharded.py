@@ -13,7 +13,7 @@ import processes
 import pytest
 import safetensors.numpy
 from shards import GROUP, INDEX, KEY, OTHER_KEY, WINDOW, make_checkpoint, shard_name, snapshot
-from support import BOXES
+from support import BOXES, oracle_mac
 
 import deeplock_kernels as deeplock
 from deeplock_kernels import cli, files
@@ -139,6 +139,14 @@ def test_it_locks_as_the_functions_for_tensors_do(made):
     deeplock.unlock_tensors(tensors, KEY, without, check=False)
     plain = safetensors.numpy.load_file(made / "plain" / FIRST)
     assert all(tensors[name].tobytes() == tensor.tobytes() for name, tensor in plain.items())
+
+
+def test_the_mac_of_the_index_is_over_the_index_and_the_macs_of_the_shards(made):
+    header = verify_checkpoint(made / "locked", KEY)
+    index = json.loads((made / "locked" / INDEX).read_text())
+    del index["metadata"]["deeplock"]
+    shards = {name: read_header(made / "locked" / name).mac.hex() for name in (FIRST, SECOND)}
+    assert header.mac == oracle_mac(KEY, header, {"index": index, "shards": shards})
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
