@@ -75,7 +75,7 @@ class KeyTable:
 
     def need(self, names: Iterable[str]) -> None:
         """Derive what is needed now."""
-        missing = [name for name in names if name not in self._derived]
+        missing = [name for name in dict.fromkeys(names) if name not in self._derived]
         for i in range(0, len(missing), _AT_ONCE):
             some = missing[i : i + _AT_ONCE]
             made = self._made(some)

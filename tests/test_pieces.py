@@ -62,7 +62,7 @@ def test_each_name_has_its_own_whatever_is_needed_at_once(count, completed):
     table.need(first)
     found = {name: ctypes.string_at(table.address(name), nbytes) for name in names}
     assert found == {name: expected(name) if name in first else bytes(nbytes) for name in names}
-    table.need(names)
+    table.need(names + names)
     table.need(names)
     assert sorted(asked) == sorted(names)
     assert [ctypes.string_at(table.address(name), nbytes) for name in names] == list(map(expected, names))
