@@ -8,6 +8,7 @@ the old content or the new one, never a mixture.
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import operator
 import os
@@ -116,6 +117,30 @@ def file_errors(path: str, action: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise access_error(path, action, error) from error
+
+
+def claim(descriptor: int, path: str, action: str) -> None:
+    """Keep others of this package away from an open file or directory, until it is let go of or closed everywhere.
+
+    Parameters
+    ----------
+    descriptor
+        Of what is claimed.
+    path, action
+        As for `access_error`.
+
+    Raises
+    ------
+    FileAccessError
+        With errno EAGAIN: another run has it.
+    OSError
+        The file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        busy = OSError(errno.EAGAIN, "another run is at it; wait until that is over")
+        raise access_error(path, action, busy) from error
 
 
 def check_regular(path: str, action: str, status: os.stat_result) -> None:

@@ -14,6 +14,7 @@ import safetensors.numpy
 from support import BITS, BOXES, KEYS, SCHEDULES
 
 import deeplock_kernels
+from benchmarks.paper.key_recovery import run_backwards
 from deeplock_kernels import (
     AES,
     SBOXES,
@@ -90,30 +91,6 @@ UNRELATED = pytest.approx(1 / 256, abs=0.002)  # eight standard deviations for 6
 
 
 # The expansion schedule under known plaintext
-
-
-def run_backwards(known, position):
-    """Undo the key expansion (FIPS 197 section 5.2) from a piece of its key stream back to its key.
-
-    The piece is as long as the key and may begin at any byte, in the middle of a round or of a word: a byte of w is
-    one that lies a key's length before it, XOR a function of the whole word before it, and both are known or found.
-    """
-    length = len(known)
-    words, rcon = length // 4, [1]
-    while len(rcon) < 51:
-        rcon.append(reference.double(rcon[-1]))
-    w = bytearray(length + position) + known
-    for i in reversed(range(length, len(w))):
-        word, place = divmod(i, 4)
-        if word % words == 0:
-            mask = reference.AES_SBOX[w[4 * (word - 1) + (place + 1) % 4]]
-            mask ^= 0 if place else rcon[(word // words - 1) % 51]
-        elif words == 8 and word % words == 4:
-            mask = reference.AES_SBOX[w[i - 4]]
-        else:
-            mask = w[i - 4]
-        w[i - length] = w[i] ^ mask
-    return bytes(w[:length])
 
 
 def found_key(locked, header, name, known, box, skip=0):

@@ -231,7 +231,7 @@ def test_two_at_once(tmp_path):
 
     def meanwhile(_):
         for function in (lock_file_in_place, unlock_file_in_place, recover_file):
-            with pytest.raises(FileAccessError, match="somebody else is at it"):
+            with pytest.raises(FileAccessError, match="another run is at it"):
                 function(path, KEY)
             found.append(function)
 

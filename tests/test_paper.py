@@ -307,14 +307,14 @@ def test_authorization_is_the_same_with_the_same_seed_and_notices_broken_claims(
         change(changed["networks"][0])
         return authorization.check(changed)
 
-    def of_kind(network, kind):
-        return next(group for group in network["groups"] if group["kind"] == kind)
+    def broken_by(kind, **changes):
+        return broken(lambda network: next(one for one in network["groups"] if one["kind"] == kind).update(changes))
 
     assert len(broken(lambda network: network["comes_back"].update({"counter, aes": False}))) == 1
     assert len(broken(lambda network: network.update(after=0.5))) == 1
     for kind in (authorization.NO_KEY, authorization.RANDOM, authorization.ONE_BIT):
-        assert len(broken(lambda network: of_kind(network, kind).update(interval=(0.4, 0.5)))) == 1  # noqa: B023
-        assert len(broken(lambda network: of_kind(network, kind).update(high=0.9))) == 1  # noqa: B023
+        assert len(broken_by(kind, interval=(0.4, 0.5))) == 1
+        assert len(broken_by(kind, high=0.9)) == 1
 
 
 def test_partial_locking_changes_the_part_and_nothing_else(monkeypatch):
@@ -482,7 +482,9 @@ def test_every_byte_of_an_expansion_follows_and_a_changed_one_does_not(bits):
     assert not key_recovery.follows(stream, size)[:size].any()
     stream[500] ^= 1
     changed = np.flatnonzero(~key_recovery.follows(stream, size)[size:]) + size
-    assert {500, 500 + size} <= {*changed} and changed.min() == 500 and len(changed) <= 7  # noqa: PT018
+    assert {500, 500 + size} <= {*changed}
+    assert changed.min() == 500
+    assert len(changed) <= 7
 
 
 @pytest.mark.parametrize("bits", BITS)

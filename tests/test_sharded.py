@@ -17,7 +17,7 @@ from support import BOXES, oracle_mac
 
 import deeplock_kernels as deeplock
 from deeplock_kernels import cli, files
-from deeplock_kernels.checkpoints import shard_index, sharded, stores, streaming, tasks
+from deeplock_kernels.checkpoints import shard_index, sharded, streaming, tasks
 from deeplock_kernels.checkpoints.sharded import (
     RUN_FILE,
     lock_checkpoint,
@@ -723,7 +723,7 @@ def test_file_systems_without_locks_keep_nobody_out(plain, tmp_path, monkeypatch
     def refuse(*_arguments):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(stores.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     lock_checkpoint(plain, tmp_path / "new", KEY)
     unlock_checkpoint(tmp_path / "new", tmp_path / "back", KEY)
     assert snapshot(tmp_path / "back") == snapshot(plain)

@@ -72,13 +72,17 @@ def _in_turn(works: dict[str, Any], rounds: int) -> dict[str, list[float]]:
 
 def _locking(module: torch.nn.Module, query: Any, rounds: int) -> dict[str, list[float]]:
     """Give the seconds of a lock, of the unlock and of a plain query in each round."""
-    taken: dict[str, list[float]] = {"lock": [], "unlock": [], "plain": []}
-    for _ in range(rounds + 1):
-        headers: list[Any] = []
-        taken["lock"].append(seconds_of(lambda: headers.append(lock_module(module, _KEY))))  # noqa: B023
-        taken["unlock"].append(seconds_of(lambda: unlock_module(module, _KEY, headers[0])))  # noqa: B023
-        taken["plain"].append(seconds_of(query, 3))
-    return {name: seconds[1:] for name, seconds in taken.items()}
+    turns = [_turn(module, query) for _ in range(rounds + 1)][1:]
+    return {name: [seconds[name] for seconds in turns] for name in turns[0]}
+
+
+def _turn(module: torch.nn.Module, query: Any) -> dict[str, float]:
+    headers: list[Any] = []
+    return {
+        "lock": seconds_of(lambda: headers.append(lock_module(module, _KEY))),
+        "unlock": seconds_of(lambda: unlock_module(module, _KEY, headers[0])),
+        "plain": seconds_of(query, 3),
+    }
 
 
 def check(result: dict[str, Any]) -> list[str]:

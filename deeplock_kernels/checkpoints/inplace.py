@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import io
 import os
 import zlib
@@ -38,6 +37,7 @@ from deeplock_kernels.errors import AlreadyLockedError, ContainerError, Interrup
 from deeplock_kernels.files import (
     access_error,
     check_regular,
+    claim,
     file_errors,
     path_text,
     read_at,
@@ -227,11 +227,7 @@ def _exclusive(path: Path, *, interrupted: bool = False) -> Iterator[_File]:
         check_regular(text, _ACTION, os.stat(text))
         descriptor = os.open(text, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                busy = OSError(errno.EAGAIN, "somebody else is at it; wait until that is over")
-                raise access_error(text, _ACTION, busy) from error
+            claim(descriptor, text, _ACTION)
             status = os.fstat(descriptor)
             if not interrupted:
                 check_whole(text)

@@ -7,7 +7,6 @@ value that travels to other processes, which then need the same directory under 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import posixpath
@@ -25,7 +24,7 @@ from deeplock_kernels.errors import (
     ParameterError,
     SameFileError,
 )
-from deeplock_kernels.files import access_error, atomic_output, check_regular, file_errors, path_text
+from deeplock_kernels.files import access_error, atomic_output, check_regular, claim, file_errors, path_text
 
 _COPIED = 1 << 20  # bytes that are copied at a time
 
@@ -201,10 +200,9 @@ class Directory:
             descriptor = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                busy = OSError(errno.EAGAIN, "another run is at it; wait until that is over")
-                raise access_error(self.place, "written", busy) from error
+                claim(descriptor, self.place, "written")
+            except FileAccessError:
+                raise
             except OSError:
                 pass
             yield

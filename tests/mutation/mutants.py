@@ -1310,12 +1310,12 @@ MUTANTS = (
         ("test_inplace.py::test_what_is_locked_or_is_not",),
     ),
     Mutant(
-        "in-place-alone",
-        "two may change one file in place at once",
-        "checkpoints/inplace.py",
+        "claim",
+        "two runs may write into one target, or change one file, at once",
+        "files.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        ("test_inplace.py::test_two_at_once",),
+        ("test_inplace.py::test_two_at_once", "test_sharded.py::test_one_run_at_a_time_writes_into_a_target"),
     ),
     Mutant(
         "in-place-links",
@@ -1381,14 +1381,6 @@ MUTANTS = (
         "if version != task.version:",
         "if False:",
         ("test_sharded.py::test_a_source_that_changes_meanwhile",),
-    ),
-    Mutant(
-        "shard-alone",
-        "two runs may write into one target at once",
-        "checkpoints/stores.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        ("test_sharded.py::test_one_run_at_a_time_writes_into_a_target",),
     ),
     Mutant(
         "shard-names",

@@ -65,7 +65,7 @@ _NOT_WHITE = re.compile(r"[^ \t\n\r]")
 _BARE_WORD = re.compile(r'[^ \t\n\r,:\[\]{}"]*')
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,19}")
 _NUMBER = "(?:0|[1-9][0-9]{0,18})"
-_PLAIN_TENSOR = re.compile(  # the spelling of every known writer, which is read five times as fast
+_PLAIN_TENSOR = re.compile(  # as writers spell it: read in one step
     rf'{{"dtype":"([A-Z0-9_]+)","shape":\[({_NUMBER}(?:,{_NUMBER})*|)\],"data_offsets":\[({_NUMBER}),({_NUMBER})\]}}'
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
