@@ -22,7 +22,8 @@ import numpy as np
 import safetensors.numpy
 
 from deeplock_kernels.checkpoints import tasks
-from deeplock_kernels.checkpoints.sharded import lock_checkpoint, read_checkpoint
+from deeplock_kernels.checkpoints.directory import read_checkpoint
+from deeplock_kernels.checkpoints.sharded import lock_checkpoint
 from deeplock_kernels.checkpoints.tasks import Outcome, Task
 from deeplock_kernels.keys import MasterKey
 

@@ -303,7 +303,7 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
     """Show progress on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
-    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
+    from deeplock_kernels.checkpoints.directory import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import data_bytes
 
     place = checkpoint_at(path)
@@ -327,7 +327,7 @@ def _progress(path: str, verb: str) -> Iterator[Callable[[int], object]]:
 @contextmanager
 def _at(path: str, arguments: argparse.Namespace) -> Iterator[tuple[str, bool, dict[str, Any]]]:
     """Give the place of a file or checkpoint, whether it is a checkpoint, and the arguments that those have more."""
-    from deeplock_kernels.checkpoints.sharded import checkpoint_at
+    from deeplock_kernels.checkpoints.directory import checkpoint_at
     from deeplock_kernels.errors import ResumeWarning
 
     place = checkpoint_at(path)
@@ -553,7 +553,7 @@ def _count(things: Sized, name: str) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> Iterator[str]:
-    from deeplock_kernels.checkpoints.sharded import checkpoint_at, read_checkpoint
+    from deeplock_kernels.checkpoints.directory import checkpoint_at, read_checkpoint
     from deeplock_kernels.checkpoints.streaming import opened
     from deeplock_kernels.header import LockHeader
 

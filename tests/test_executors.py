@@ -15,9 +15,9 @@ from leaks import Leaks
 from shards import GROUP, INDEX, KEY, OTHER_KEY, WINDOW, Dying, make_checkpoint, shard_name, snapshot
 
 from deeplock_kernels import cli
-from deeplock_kernels.checkpoints import sharded, streaming, tasks
+from deeplock_kernels.checkpoints import driving, streaming, tasks
+from deeplock_kernels.checkpoints.directory import RUN_FILE
 from deeplock_kernels.checkpoints.sharded import (
-    RUN_FILE,
     lock_checkpoint,
     rekey_checkpoint,
     unlock_checkpoint,
@@ -197,8 +197,8 @@ def test_a_dask_cluster_of_which_a_worker_dies(plain, tmp_path):
 
 
 def test_more_shards_than_are_open_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded, "_OPEN", 2)
-    monkeypatch.setattr(sharded, "_AHEAD", 3)
+    monkeypatch.setattr(driving, "_OPEN", 2)
+    monkeypatch.setattr(driving, "_AHEAD", 3)
     places = {}
     (tmp_path / "plain").mkdir()
     for number in range(7):

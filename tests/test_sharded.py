@@ -18,8 +18,8 @@ from support import BOXES, oracle_mac
 import deeplock_kernels as deeplock
 from deeplock_kernels import cli, files
 from deeplock_kernels.checkpoints import shard_index, sharded, streaming, tasks
+from deeplock_kernels.checkpoints.directory import RUN_FILE
 from deeplock_kernels.checkpoints.sharded import (
-    RUN_FILE,
     lock_checkpoint,
     rekey_checkpoint,
     unlock_checkpoint,

@@ -13,8 +13,8 @@ from fsspec.implementations.memory import MemoryFile
 from shards import GROUP, INDEX, KEY, OTHER_KEY, WINDOW, make_checkpoint, shard_name, snapshot
 
 from deeplock_kernels.checkpoints import stores, streaming, tasks
+from deeplock_kernels.checkpoints.directory import RUN_FILE
 from deeplock_kernels.checkpoints.sharded import (
-    RUN_FILE,
     lock_checkpoint,
     rekey_checkpoint,
     unlock_checkpoint,

@@ -18,41 +18,40 @@ begins anew with a fresh salt: no salt is ever used for two contents.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import hashlib
 import io
 import json
-import os
 import posixpath
-import re
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from deeplock_kernels.checkpoints import tasks
+from deeplock_kernels.checkpoints.directory import (
+    RUN_FILE,
+    Checkpoint,
+    Shard,
+    authenticate,
+    is_own,
+    proved_by,
+    read_checkpoint,
+)
+from deeplock_kernels.checkpoints.driving import Batch, Runner, Steps
 from deeplock_kernels.checkpoints.formats import FORMATS
-from deeplock_kernels.checkpoints.formats.base import Layout, TensorEntry
 from deeplock_kernels.checkpoints.formats.safetensors import SAFETENSORS
-from deeplock_kernels.checkpoints.shard_index import INDEX_SUFFIX, ShardIndex, parse_index
+from deeplock_kernels.checkpoints.shard_index import parse_index
 from deeplock_kernels.checkpoints.stores import Store, check_apart, copy_file, store_at
-from deeplock_kernels.checkpoints.streaming import Path, Progress, Window, header_of, windows
+from deeplock_kernels.checkpoints.streaming import Path, Progress, Window, windows
 from deeplock_kernels.checkpoints.tasks import Outcome, Placed, Put, Task
 from deeplock_kernels.errors import (
     AlreadyLockedError,
     ContainerError,
     FileAccessError,
-    HeaderError,
-    NotLockedError,
-    ParameterError,
     ResumeWarning,
     TamperedError,
-    TamperedHeaderError,
     UnknownNameError,
     WrongKeyError,
     shown,
@@ -62,20 +61,13 @@ from deeplock_kernels.header import LockHeader
 from deeplock_kernels.keys import Hidden, key_in_line
 from deeplock_kernels.locking import find_sbox
 from deeplock_kernels.named_lock import Key, NamedLock, Seals
-from deeplock_kernels.runtime.pool import resolve_threads
 from deeplock_kernels.sboxes import SBox
 from deeplock_kernels.tensors import Selection, select
 
-RUN_FILE = ".deeplock-run"
-_OWN_PREFIX = ".deeplock-"  # of that file, and of those that are being written
-_SUFFIX = ".safetensors"
 _WEIGHTS = (  # endings of files that may hold weights which nobody would lock here
     *(".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".ot", ".pkl", ".pickle", ".joblib", ".msgpack", ".npy", ".npz"),
     *(".h5", ".hdf5", ".keras", ".pb", ".tflite", ".onnx", ".engine", ".gguf", ".ggml", ".mar", ".mlmodel", ".nemo"),
 )
-_OF_MANY = re.compile(r"-\d+-of-0*([2-9]|1\d)\d*\.safetensors$")  # as shards are called
-_AHEAD = 256  # tasks that an executor is given before the first of them is done
-_OPEN = 64  # shards that are worked on at once
 
 
 def lock_checkpoint(
@@ -269,257 +261,16 @@ def verify_checkpoint(
     checkpoint = read_checkpoint(src_dir)
     lock, header = authenticate(checkpoint, key, needs_sbox=False)
     lock.must_be_sealed()
-    runner = _Runner(executor, threads, progress)
+    runner = Runner(executor, threads, progress)
     cut = partial(_cut, checkpoint.store, "seal", lock, None, None, frozenset(header.tensors), runner.threads)
 
-    def verify(shard: Shard) -> _Steps:
-        outcomes = yield _Batch(cut(shard, shard.name, shard.version), counted=True)
+    def verify(shard: Shard) -> Steps:
+        outcomes = yield Batch(cut(shard, shard.name, shard.version), counted=True)
         _expect(lock, shard, _total(outcome.seals for outcome in outcomes))
 
     with lock:
         runner.drive(map(verify, checkpoint.shards.values()))
     return header
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of weights.
-
-    Attributes
-    ----------
-    name
-        Relative to the directory.
-    layout
-        What is where in it.
-    version
-        What changes with its content; see `stores`.
-    """
-
-    name: str
-    layout: Layout
-    version: str
-
-    @property
-    def data_start(self) -> int:
-        """Where its data begin: all before that is the table, which changes with the lock header."""
-        start: int = self.layout.detail.data_start
-        return start
-
-    @property
-    def data_bytes(self) -> int:
-        """The size of its data in bytes."""
-        return self.layout.size - self.data_start
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What lies in a directory of shards.
-
-    Attributes
-    ----------
-    store
-        Where.
-    index_name, index
-        The index; None where a single file needs none.
-    shards
-        By name, sorted.
-    others
-        The names of all other files.
-    """
-
-    store: Store
-    index_name: str | None
-    index: ShardIndex | None
-    shards: Mapping[str, Shard]
-    others: Sequence[str]
-
-    @property
-    def tensors(self) -> dict[str, TensorEntry]:
-        """All tensors by name."""
-        return {name: tensor for shard in self.shards.values() for name, tensor in shard.layout.tensors.items()}
-
-    @property
-    def data_bytes(self) -> int:
-        """How many bytes progress is reported of."""
-        return sum(shard.data_bytes for shard in self.shards.values())
-
-    @property
-    def is_locked(self) -> bool:
-        """Whether anything in it carries a lock header."""
-        shards = any(shard.layout.header is not None for shard in self.shards.values())
-        return shards or (self.index is not None and self.index.header is not None)
-
-    def header(self) -> LockHeader:
-        """Give the lock header of the whole, which fits the headers of all shards.
-
-        Raises
-        ------
-        NotLockedError
-            It has none, or a run that locks it is not finished.
-        TamperedHeaderError
-            A shard, which the message names, is not of this lock.
-        HeaderError
-            A header is malformed or fits other tensors.
-        """
-        if self.index is None:
-            (shard,) = self.shards.values()
-            return header_of(shard.layout)
-        if self.index.header is None:
-            hint = "the run that locks it is not finished" if self.is_locked else "there is nothing to unlock"
-            raise NotLockedError(f"{self.index.source}: it carries no lock header; {hint}")
-        whole = LockHeader.from_json(self.index.header)
-        listed, macs = set(whole.tensors), {}
-        for shard in self.shards.values():
-            found = _shard_header(shard)
-            if found.salt != whole.salt:
-                raise TamperedHeaderError(
-                    f"{shard.layout.source}: it is from another checkpoint, or from another lock of this one"
-                )
-            if found.tensors != {name: whole.tensors.get(name) for name in found.tensors}:
-                raise TamperedHeaderError(f"{shard.layout.source}: its lock header is not that of the index")
-            listed -= found.tensors.keys()
-            macs[shard.name] = (found.mac or b"").hex()
-        if listed:
-            raise HeaderError(f"{self.index.source}: the lock header lists {min(listed)!a}, which no shard has locked")
-        return dataclasses.replace(whole, file=_proved(self.index, macs))
-
-
-def read_checkpoint(path: Path, argument: str = "src_dir", *, exclude: Sequence[str] = ()) -> Checkpoint:
-    """Read what a directory holds; of the data only the sizes are looked at.
-
-    Parameters
-    ----------
-    path
-        A directory or a URL.
-    argument
-        The name of the caller's argument.
-    exclude
-        Glob patterns of files that are to be taken as not there.
-
-    Raises
-    ------
-    ContainerError
-        It has no file of weights, or an index that does not fit the shards, or a malformed file.
-    FileAccessError, ParameterError
-        A file cannot be read, or an argument is wrong.
-    """
-    store = store_at(path, argument)
-    listed = isinstance(exclude, Iterable) and not isinstance(exclude, str)
-    if not listed or not all(isinstance(pattern, str) for pattern in exclude):
-        raise ParameterError("exclude: accepted are glob patterns of file names, relative to the directory")
-    everything = store.names()
-    names = [name for name in everything if not _is_own(name)]
-    for pattern in exclude:
-        if not fnmatch.filter(names, pattern):
-            raise ParameterError(f"exclude: got {pattern!a}, accepted are patterns of files that are there")
-    names = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)]
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    weights = [name for name in names if name.endswith(_SUFFIX)]
-    if not names:
-        raise ContainerError(f"{store.place}: it is not there, or empty; accepted is a directory with a checkpoint")
-    if len(indexes) > 1 or (indexes and "/" in indexes[0]):
-        raise ContainerError(
-            f"{store.place}: got the indexes {', '.join(indexes)}; accepted is one, in the directory itself; "
-            "take each model on its own"
-        )
-    index = None
-    if indexes:
-        with store.open(indexes[0]) as reader, file_errors(store.path(indexes[0]), "read"):
-            index = parse_index(reader.file, reader.size, store.path(indexes[0]))
-        _check_names(store, index, weights)
-    elif len(weights) != 1 or "/" in weights[0] or _OF_MANY.search(weights[0]):
-        unfinished = "; the run that makes it is not finished" if RUN_FILE in everything else ""
-        raise ContainerError(
-            f"{store.place}: got {len(weights)} safetensors files and no index; accepted is one that holds all "
-            f"tensors, in the directory itself, or an index that lists all{unfinished}"
-        )
-    shards = {name: _read_shard(store, name) for name in weights}
-    if index is not None:
-        _check_index(index, shards)
-    others = [name for name in names if name not in shards and name not in indexes]
-    return Checkpoint(store, indexes[0] if indexes else None, index, MappingProxyType(shards), others)
-
-
-def checkpoint_at(path: str) -> str | None:
-    """Give the directory or URL of a checkpoint that a path or its index file names, or None for another file."""
-    if path.endswith(INDEX_SUFFIX):
-        return posixpath.dirname(path) or "."
-    return path if os.path.isdir(path) or "://" in path else None
-
-
-def authenticate(
-    checkpoint: Checkpoint, key: Key, *, sbox: SBox | None = None, needs_sbox: bool = True
-) -> tuple[NamedLock, LockHeader]:
-    """Give the lock of a locked checkpoint, and its header, all of whose macs are right.
-
-    Raises
-    ------
-    WrongKeyError, TamperedHeaderError, NotLockedError, HeaderError, KeyTypeError, KeyFormatError, SBoxError
-        As for `unlock_checkpoint`.
-    """
-    header = checkpoint.header()
-    if header.schedule != "counter":
-        raise HeaderError(
-            f"{checkpoint.store.place}: it is locked with the schedule {header.schedule!r}, accepted is 'counter'; "
-            "unlock_file takes its file"
-        )
-    lock = NamedLock.from_header(key, header, check=False, sbox=sbox, needs_sbox=needs_sbox)
-    for shard in checkpoint.shards.values():
-        try:
-            lock.authenticate(header_of(shard.layout))
-        except TamperedHeaderError as error:
-            raise TamperedHeaderError(f"{shard.layout.source}: {error}") from None
-    lock.authenticate(header)
-    return lock, header
-
-
-def _is_own(name: str) -> bool:
-    return posixpath.basename(name).startswith(_OWN_PREFIX)
-
-
-def _shard_header(shard: Shard) -> LockHeader:
-    try:
-        return header_of(shard.layout)
-    except NotLockedError:
-        raise TamperedHeaderError(f"{shard.layout.source}: it is not locked, but the index says so") from None
-
-
-def _read_shard(store: Store, name: str) -> Shard:
-    source = store.path(name)
-    with store.open(name) as reader:
-        version = reader.version
-        with file_errors(source, "read"):
-            layout = SAFETENSORS.read(reader.file, reader.size, source)
-    return Shard(name, layout, version)
-
-
-def _check_names(store: Store, index: ShardIndex, weights: Collection[str]) -> None:
-    expected = set(index.weight_map.values())
-    missing, extra = sorted(expected.difference(weights)), sorted(set(weights) - expected)
-    if missing or extra:
-        said = [f"{store.path(name)} is missing" for name in missing[:3]]
-        said += [f"{store.path(name)} is extra" for name in extra[:3]]
-        more = max(len(missing) - 3, 0) + max(len(extra) - 3, 0)
-        said += [f"and {more} more"] if more else []
-        raise ContainerError(f"{index.source}: got other shards than it lists: {', '.join(said)}")
-
-
-def _check_index(index: ShardIndex, shards: Mapping[str, Shard]) -> None:
-    places: dict[str, str] = {}
-    for shard in shards.values():
-        for name in shard.layout.tensors:
-            if name in places:
-                raise ContainerError(f"{shard.layout.source}: it holds {name!a}, which {places[name]} holds too")
-            if index.weight_map.get(name) != shard.name:
-                said = f"places in {index.weight_map[name]}" if name in index.weight_map else "does not list"
-                raise ContainerError(f"{shard.layout.source}: it holds {name!a}, which the index {said}")
-            places[name] = shard.name
-    for name, shard_name in index.weight_map.items():
-        if name not in places:
-            raise ContainerError(f"{index.source}: it places {name!a} in {shard_name}, which does not hold it")
-    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.layout.tensors.values())
-    if index.total_size is not None and index.total_size != total:
-        raise ContainerError(f"{index.source}: it gives a total_size of {index.total_size}, the shards hold {total}")
 
 
 def _refuse_secrets(checkpoint: Checkpoint) -> None:
@@ -534,12 +285,6 @@ def _refuse_secrets(checkpoint: Checkpoint) -> None:
                 f"{store.path(name)}: it may hold {'weights' if weights else 'a key'}, and would be copied as it is; "
                 "accepted are other files beside the shards; leave it out by `exclude`, or take it away"
             )
-
-
-def _proved(index: ShardIndex, macs: Mapping[str, str]) -> str:
-    """Give what the mac of the whole header covers beside it, as canonical JSON."""
-    shards = json.dumps(dict(macs), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return f'{{"index":{index.proved},"shards":{shards}}}'
 
 
 def _expect(lock: NamedLock, shard: Shard, seals: Seals) -> None:
@@ -610,116 +355,6 @@ def _cut(
     return found
 
 
-class _Batch(NamedTuple):
-    """Tasks that may run in any order, and whether what they do is progress."""
-
-    tasks: list[Task]
-    counted: bool
-
-
-_Steps = Generator[_Batch, list[Outcome], None]
-
-
-class _Runner:
-    """Runs the steps of many shards, here or on an executor."""
-
-    def __init__(self, executor: Executor | None, threads: int | None, progress: Progress) -> None:
-        if executor is not None and not callable(getattr(executor, "submit", None)):
-            raise ParameterError(
-                f"executor: got {type(executor).__name__}, accepted is one of concurrent.futures, or alike, or None"
-            )
-        self.threads = resolve_threads(1 if executor is not None and threads is None else threads)
-        self._executor, self.progress = executor, progress
-
-    def drive(self, shards: Iterable[_Steps]) -> None:
-        """Go through the steps of all shards; the first error ends all of them."""
-        if self._executor is None:
-            for steps in shards:
-                self._drive_here(steps)
-        else:
-            _Drive(self._executor, self.progress).run(iter(shards))
-
-    def _drive_here(self, steps: _Steps) -> None:
-        outcomes: list[Outcome] | None = None
-        try:
-            while True:
-                batch = next(steps) if outcomes is None else steps.send(outcomes)
-                outcomes = [tasks.run(task, self.progress if batch.counted else None) for task in batch.tasks]
-        except StopIteration:
-            pass
-        finally:
-            steps.close()
-
-
-class _Open:
-    """A shard that is being worked on: its steps, and the tasks of the present one."""
-
-    def __init__(self, steps: _Steps) -> None:
-        self.steps = steps
-        self.batch = _Batch([], counted=False)
-        self.futures: list[Future[Outcome] | None] = []
-        self.outcomes: dict[int, Outcome] = {}
-        self.left = 0
-
-
-class _Drive:
-    """Keeps an executor supplied with the tasks of many shards."""
-
-    def __init__(self, executor: Executor, progress: Progress) -> None:
-        self._executor, self._progress = executor, progress
-        self._done: SimpleQueue[tuple[_Open, int]] = SimpleQueue()
-        self._open: set[_Open] = set()
-
-    def run(self, shards: Iterator[_Steps]) -> None:
-        try:
-            more = True
-            while more or self._open:
-                while more and len(self._open) < _OPEN and sum(one.left for one in self._open) < _AHEAD:
-                    steps = next(shards, None)
-                    more = steps is not None
-                    if steps is not None:
-                        self._open.add(shard := _Open(steps))
-                        self._advance(shard, None)
-                if self._open:
-                    self._finished(*self._done.get())
-        finally:
-            for shard in self._open:
-                for future in filter(None, shard.futures):
-                    future.cancel()
-            for shard in self._open:
-                shard.steps.close()
-
-    def _finished(self, shard: _Open, number: int) -> None:
-        future, shard.futures[number] = shard.futures[number], None  # or Dask would do it again if its worker dies now
-        assert future is not None
-        shard.outcomes[number] = future.result()
-        shard.left -= 1
-        if shard.batch.counted and self._progress is not None:
-            self._progress(shard.batch.tasks[number].nbytes)
-        if shard.left == 0:
-            self._advance(shard, [outcome for _, outcome in sorted(shard.outcomes.items())])
-
-    def _advance(self, shard: _Open, outcomes: list[Outcome] | None) -> None:
-        """Go on to the next step that has tasks."""
-        while True:
-            try:
-                shard.batch = next(shard.steps) if outcomes is None else shard.steps.send(outcomes)
-            except StopIteration:
-                self._open.remove(shard)
-                return
-            shard.left, shard.futures, shard.outcomes = len(shard.batch.tasks), [], {}
-            for number, task in enumerate(shard.batch.tasks):
-                future = self._executor.submit(tasks.run, task)
-                shard.futures.append(future)
-                future.add_done_callback(partial(self._note, shard, number))
-            if shard.batch.tasks:
-                return
-            outcomes = []
-
-    def _note(self, shard: _Open, number: int, _future: object) -> None:
-        self._done.put((shard, number))
-
-
 class Work:
     """One run over a checkpoint: from a source into a target, which appears shard by shard and is resumed."""
 
@@ -737,7 +372,7 @@ class Work:
         executor: Executor | None,
         exclude: Sequence[str] = (),
     ) -> None:
-        self._runner = _Runner(executor, threads, progress)
+        self._runner = Runner(executor, threads, progress)
         self._flush = executor is not None
         self.target = store_at(dst_dir, "dst_dir")
         check_apart(store_at(src_dir, "src_dir"), self.target)
@@ -777,7 +412,7 @@ class Work:
         """Take up the run that the target holds, or write down a new one, before any byte of a shard."""
         self._stack.enter_context(self.target.alone())
         names = self.target.names()
-        kept = [name for name in names if not _is_own(name)]
+        kept = [name for name in names if not is_own(name)]
         box = lock.box
         if RUN_FILE not in names:
             if kept:
@@ -819,7 +454,7 @@ class Work:
         self.lock = lock
         self._stack.enter_context(lock)
         for name in names:
-            if _is_own(name) and name != RUN_FILE:
+            if is_own(name) and name != RUN_FILE:
                 self.target.remove(name)  # half a file of a run that was killed
         if not self._resumed:
             text = self._plan(lock)
@@ -877,7 +512,7 @@ class Work:
                 if self.kind == "rekey":
                     index = parse_index(io.BytesIO(data), len(data), source.index.source)
             if self._prove:
-                header = self.lock.prove(self._seals if self._seal else None, _proved(index, self._macs))
+                header = self.lock.prove(self._seals if self._seal else None, proved_by(index, self._macs))
                 data = index.with_header(header.to_json())
             with target.put(source.index_name) as output:
                 output.write(data)
@@ -911,7 +546,7 @@ class Work:
         arguments = self.source.store, self.kind, self.lock, self.old, self.lock.box, self.sealed
         return _cut(*arguments, self._runner.threads, shard, shard.name, shard.version, target=target, group=group)
 
-    def _shard(self, shard: Shard) -> _Steps:
+    def _shard(self, shard: Shard) -> Steps:
         """Make one shard: its tasks, and what is done between them."""
         names = [name for name in shard.layout.tensors if name in self.lock.header.tensors]
         nothing = dict.fromkeys(names, 0)
@@ -922,22 +557,22 @@ class Work:
         shift = len(self.start(shard, nothing if self._seal else None)) - shard.data_start
         if self.target.writes_anywhere:
             with self.target.put(shard.name, shard.layout.size + shift) as output:
-                outcomes = yield _Batch(self._tasks(shard, Placed(output.name, shift, self._flush)), counted=True)
+                outcomes = yield Batch(self._tasks(shard, Placed(output.name, shift, self._flush)), counted=True)
                 seals = self._checked(shard, outcomes)
                 output.seek(0)
                 output.write(self.start(shard, seals if self._seal else None))
         else:
-            outcomes = yield _Batch(self._tasks(shard, None), counted=False)
+            outcomes = yield Batch(self._tasks(shard, None), counted=False)
             seals = self._checked(shard, outcomes)
             start = self.start(shard, seals if self._seal else None)
             put = Put(self.target, shard.name, start)
-            outcomes = yield _Batch(self._tasks(shard, put, max(shard.layout.size, 1)), counted=True)
+            outcomes = yield Batch(self._tasks(shard, put, max(shard.layout.size, 1)), counted=True)
             if self._checked(shard, outcomes) != seals:
                 self.target.remove(shard.name)
                 raise ContainerError(f"{shard.layout.source}: it changed while it was read; begin anew")
         self._seals |= seals
 
-    def _kept(self, shard: Shard) -> Generator[_Batch, list[Outcome], bool]:
+    def _kept(self, shard: Shard) -> Generator[Batch, list[Outcome], bool]:
         """Say whether the new shard is there already, as this run would make it.
 
         What it should be is made of the seals that its bytes have, or would have if they were locked.
@@ -958,7 +593,7 @@ class Work:
             self.target, kind, self.lock, None, self.lock.box, frozenset(names), self._runner.threads,
             shard, shard.name, version, shift=shift,
         )  # fmt: skip
-        seals = _total(outcome.seals for outcome in (yield _Batch(cut, counted=False)))
+        seals = _total(outcome.seals for outcome in (yield Batch(cut, counted=False)))
         if self.kind == "unlock":
             try:
                 _expect(self.lock, shard, seals)

@@ -1337,7 +1337,7 @@ MUTANTS = (
     Mutant(
         "shard-salt",
         "a shard of another lock is taken for one of this checkpoint",
-        "checkpoints/sharded.py",
+        "checkpoints/directory.py",
         "if found.salt != whole.salt:",
         "if False:",
         ("test_sharded.py::test_what_is_altered_is_noticed_and_named",),
@@ -1345,7 +1345,7 @@ MUTANTS = (
     Mutant(
         "shard-macs",
         "the mac of the index does not cover which shards there are",
-        "checkpoints/sharded.py",
+        "checkpoints/directory.py",
         "shards = json.dumps(dict(macs), sort",
         "shards = json.dumps({}, sort",
         ("test_sharded.py::test_the_mac_of_the_index_is_over_the_index_and_the_macs_of_the_shards",),
