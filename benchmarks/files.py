@@ -1,6 +1,6 @@
 """Loading from locked files beside the safetensors library, and locking files beside `cp`, pair by pair.
 
-`python -m benchmarks.files [--mib N] [--rounds N] [--folder DIR]`
+`python -m benchmarks.files [--mib N] [--checkpoint-mib N] [--rounds N] [--folder DIR]`
 
 All files lie in one folder and in the page cache. A ratio is taken from each round, of two measurements that follow
 each other; the report gives the median, the lowest and the highest.
@@ -9,9 +9,11 @@ each other; the report gives the median, the lowest and the highest.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import secrets
+import shutil
 import subprocess
 import tempfile
 import time
@@ -28,12 +30,13 @@ import safetensors.numpy
 from benchmarks import environment, processes
 from benchmarks.results import Spread, seconds_text, size_text
 from benchmarks.rounds import repeat
-from deeplock_kernels import load_file, lock_file, open_locked
+from deeplock_kernels import load_file, lock_checkpoint, lock_file, open_locked
 from deeplock_kernels.checkpoints import streaming
 
 KEY = secrets.token_bytes(32)
 ROW_TENSOR = "layer 0"
 TENSOR_BYTES = 64 << 20
+SHARDS = 6
 SIDE = 4096  # elements of a row of such a tensor, as float32: 16 KiB
 
 _PEAK = """
@@ -177,6 +180,39 @@ def locks(files: Files) -> list[Pair]:
     ]
 
 
+def make_checkpoint(folder: Path, nbytes: int) -> Path:
+    """Write a checkpoint of equal shards of random bytes, of about this size."""
+    made, weight_map = folder / "checkpoint", {}
+    made.mkdir()
+    tensor = np.frombuffer(secrets.token_bytes(min(nbytes // SHARDS, TENSOR_BYTES)), np.uint8)
+    for shard in range(SHARDS):
+        name = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+        tensors = {f"layer {shard}.{i}": tensor for i in range(nbytes // SHARDS // tensor.nbytes)}
+        safetensors.numpy.save_file(tensors, made / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {"total_size": len(weight_map) * tensor.nbytes}, "weight_map": weight_map}
+    (made / "model.safetensors.index.json").write_text(json.dumps(index))
+    return made
+
+
+def lock_checkpoints(source: Path) -> list[Pair]:
+    """Lock a checkpoint into a new directory, which flushes it to the device, and so does what it is beside."""
+    target = source.with_name("copy")
+
+    def clear() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        os.sync()
+
+    def theirs() -> None:
+        subprocess.run(["cp", "-r", source, target], check=True)
+        os.sync()
+
+    def ours() -> None:
+        lock_checkpoint(source, target, KEY)
+
+    return [Pair("lock_checkpoint", "cp -r, then sync", ours, theirs, before=clear)]
+
+
 def measure(pair: Pair, rounds: int) -> tuple[list[float], list[float]]:
     """Give the seconds of ours and theirs in each round, after one that warms; who is first changes each time."""
     found: dict[Callable[[], object], list[float]] = {pair.ours: [], pair.theirs: []}
@@ -189,14 +225,21 @@ def measure(pair: Pair, rounds: int) -> tuple[list[float], list[float]]:
     return found[pair.ours][1:], found[pair.theirs][1:]
 
 
-def peaks(files: Files) -> dict[str, int]:
-    """Give the peak memory of processes that load everything, without what their imports alone take."""
+def peaks(files: Files, checkpoint: Path) -> dict[str, int]:
+    """Give the peak memory of processes that load or lock everything, without what their imports alone take."""
+    targets = files.folder / "targets"
+    targets.mkdir(exist_ok=True)
     programs = {
         "load_file, NumPy": (
             "import deeplock_kernels, numpy",
             "deeplock_kernels.load_file(locked, bytes.fromhex(key))",
         ),
         "safetensors.numpy.load_file": ("import safetensors.numpy", "safetensors.numpy.load_file(plain)"),
+        "lock_checkpoint": (
+            "import deeplock_kernels, tempfile",
+            f"deeplock_kernels.lock_checkpoint({str(checkpoint)!r}, tempfile.mkdtemp(dir={str(targets)!r}), "
+            "bytes.fromhex(key))",
+        ),
     }
     found = {}
     for name, (imports, load) in programs.items():
@@ -210,21 +253,24 @@ def peaks(files: Files) -> dict[str, int]:
             for work in ("None", load, load)  # the first load may have to compile kernels
         ]
         found[name] = both[2] - both[0]
+        shutil.rmtree(targets)
+        targets.mkdir()
     return found
 
 
-def report(files: Files, rounds: int) -> str:
+def report(files: Files, checkpoint: Path, rounds: int) -> str:
     """Measure everything and lay it out as Markdown."""
     lines = [
         f"Measured on: {environment.line(environment.describe(quick=False))}.",
         "",
-        f"A file of {size_text(files.nbytes)}, {rounds} rounds.",
+        f"A file of {size_text(files.nbytes)}, a checkpoint of "
+        f"{size_text(sum(path.stat().st_size for path in checkpoint.iterdir()))} in {SHARDS} shards, {rounds} rounds.",
         "",
         "| ours | beside | ours takes | theirs takes | ours / theirs: median [lowest to highest] |",
         "| :-- | :-- | --: | --: | --: |",
     ]
     with rows(files) as of_rows:
-        for pair in [*loads(files), *of_rows, *locks(files)]:
+        for pair in [*loads(files), *of_rows, *locks(files), *lock_checkpoints(checkpoint)]:
             ours, theirs = measure(pair, rounds)
             ratio = Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)])
             times = [seconds_text(Spread.of(seconds).middle) for seconds in (ours, theirs)]
@@ -233,7 +279,7 @@ def report(files: Files, rounds: int) -> str:
                 f"{ratio.middle:.2f} [{ratio.low:.2f} to {ratio.high:.2f}] |"
             )
     lines += ["", "| peak memory of a process, beyond its imports | |", "| :-- | --: |"]
-    lines += [f"| {name} | {size_text(nbytes)} |" for name, nbytes in peaks(files).items()]
+    lines += [f"| {name} | {size_text(nbytes)} |" for name, nbytes in peaks(files, checkpoint).items()]
     return "\n".join(lines)
 
 
@@ -241,12 +287,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.files", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mib", type=int, default=512, help="the size of the file (default 512)")
+    parser.add_argument("--checkpoint-mib", type=int, default=512, help="that of the checkpoint (default 512)")
     parser.add_argument("--rounds", type=int, default=9, help="how often each pair is measured (default 9)")
     parser.add_argument("--folder", default=None, help="where, if not in the folder for temporary files")
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         nbytes = min(chosen.mib << 20, TENSOR_BYTES)
-        print(report(make(Path(folder), max(1, (chosen.mib << 20) // nbytes), nbytes), chosen.rounds))
+        made = make(Path(folder), max(1, (chosen.mib << 20) // nbytes), nbytes)
+        print(report(made, make_checkpoint(Path(folder), chosen.checkpoint_mib << 20), chosen.rounds))
 
 
 if __name__ == "__main__":

@@ -80,13 +80,16 @@ def test_files_are_measured(tmp_path, capsys):
     """Every line of the report on files, of small ones; no process is started for peak memory."""
     made = files.make(tmp_path, 2, 1 << 16)
     with files.rows(made) as rows:
-        pairs = [*files.loads(made), *rows, *files.locks(made)]
+        checkpoint = files.make_checkpoint(tmp_path, files.SHARDS << 16)
+        pairs = [*files.loads(made), *rows, *files.locks(made), *files.lock_checkpoints(checkpoint)]
         for pair in pairs:
             ours, theirs = files.measure(pair._replace(repeats=1), 1)
             assert len(ours) == len(theirs) == 1
     names = {(pair.name, pair.other) for pair in pairs}
-    assert len(names) == len(pairs) == 6 + ("load_file, PyTorch" in dict(names))
+    assert len(names) == len(pairs) == 7 + ("load_file, PyTorch" in dict(names))
     assert (tmp_path / "target").read_bytes() == made.plain.read_bytes()  # the last one was cp
+    assert len([*checkpoint.glob("*.safetensors")]) == files.SHARDS
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in checkpoint.iterdir()}
 
 
 def test_all_published_models_are_there_by_size():

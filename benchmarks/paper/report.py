@@ -43,7 +43,8 @@ def write(
         The studies by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"environment": dict(facts), "studies": dict(results)}
+    results = {name: _rounded(result) for name, result in results.items()}
+    document = {"environment": dict(facts), "studies": results}
     (folder / _RESULTS).write_text(compact(document) + "\n", encoding="utf-8")
     mark = "QUICK RUN, ITS FIGURES MEAN NOTHING; " if facts["quick"] else ""
     line = f"{mark}{environment.line(facts)}; PyTorch with {facts['torch_threads']} of them"
@@ -54,6 +55,15 @@ def write(
     path = folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def _rounded(value: Any) -> Any:
+    """Give results with floats of seven digits, as many as the page shows at most."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(each) for name, each in value.items()}
+    return [*map(_rounded, value)] if isinstance(value, (list, tuple)) else value
 
 
 def describe(*, quick: bool) -> dict[str, Any]:
